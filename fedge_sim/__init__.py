@@ -1,0 +1,1 @@
+"""Hierarchical and clustered federated learning: client, leaf server, cloud."""

@@ -1,0 +1,114 @@
+"""The cloud: groups leaf servers that learn alike, and averages each group. Pure functions.
+
+One step goes from the leaf models of a round to the next frozen state; who sent the models
+is not known here.
+"""
+
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedge_sim.algorithms import Arrays, FloatArray
+from fedge_sim.algorithms.aggregation import step_towards, weighted_mean
+from fedge_sim.algorithms.clustering import weight_clustering
+from fedge_sim.config import CloudCluster
+
+
+@dataclass(frozen=True)
+class CloudState:
+    """What the cloud knows after a global round.
+
+    Attributes
+    ----------
+    global_round : int
+        0 before the first round.
+    labels : tuple of int
+        The cluster of each leaf server.
+    cluster_models : tuple of Arrays
+        A model for each cluster.
+    global_model : Arrays
+        The average over all leaf servers.
+    similarity : float array (leaves, leaves), optional
+        What the clusters were made from; None in a round without clustering.
+    """
+
+    global_round: int
+    labels: tuple[int, ...]
+    cluster_models: tuple[Arrays, ...]
+    global_model: Arrays
+    similarity: FloatArray | None = None
+
+    def model_for(self, leaf: int) -> Arrays:
+        """Return the model that a leaf server starts from: that of its cluster."""
+        return self.cluster_models[self.labels[leaf]]
+
+    def members(self, cluster: int) -> tuple[int, ...]:
+        """Return the leaf servers of a cluster, in ascending order."""
+        return tuple(leaf for leaf, label in enumerate(self.labels) if label == cluster)
+
+
+def initial_state(model: Arrays, num_leaves: int) -> CloudState:
+    """Return the state before the first round: one cluster, one model."""
+    return CloudState(0, (0,) * num_leaves, (model,), model)
+
+
+def step(
+    state: CloudState,
+    leaf_models: Sequence[Arrays],
+    examples: Sequence[int],
+    settings: CloudCluster,
+    *,
+    global_lr: float,
+    trainable: Set[str],
+) -> CloudState:
+    """Do the cloud's part of one global round.
+
+    Parameters
+    ----------
+    state : CloudState
+        The state after the round before.
+    leaf_models : sequence of Arrays
+        The model of each leaf server after its training, in leaf order.
+    examples : sequence of int
+        Training examples behind each leaf model.
+    settings : CloudCluster
+    global_lr : float
+        Step from the models that the leaves were given towards their new average.
+    trainable : set of str
+        Names of the arrays to which ``global_lr`` applies; the others are averaged.
+    """
+    global_round = state.global_round + 1
+    labels, similarity = cluster(leaf_models, settings, global_round)
+    handed_out = [state.model_for(leaf) for leaf in range(len(leaf_models))]
+
+    def average(leaves: Sequence[int]) -> Arrays:
+        weights = [examples[leaf] for leaf in leaves]
+        mean = weighted_mean([leaf_models[leaf] for leaf in leaves], weights)
+        if global_lr == 1.0:
+            return mean
+        start = weighted_mean([handed_out[leaf] for leaf in leaves], weights)
+        return step_towards(start, mean, global_lr, trainable)
+
+    everyone = range(len(leaf_models))
+    global_model = average(everyone)
+    num_clusters = max(labels) + 1
+    cluster_models = (
+        (global_model,)
+        if num_clusters == 1
+        else tuple(
+            average([leaf for leaf in everyone if labels[leaf] == k]) for k in range(num_clusters)
+        )
+    )
+    return CloudState(global_round, labels, cluster_models, global_model, similarity)
+
+
+def cluster(
+    leaf_models: Sequence[Arrays], settings: CloudCluster, global_round: int
+) -> tuple[tuple[int, ...], FloatArray | None]:
+    """Return the cluster of each leaf and the similarities: one cluster if none is due."""
+    if not settings.due(global_round):
+        return (0,) * len(leaf_models), None
+    arrays = [[np.asarray(a) for a in model.values()] for model in leaf_models]
+    labels, similarity, _ = weight_clustering(arrays, tau=settings.tau)
+    return tuple(int(label) for label in labels), similarity

@@ -1,0 +1,320 @@
+"""Every setting, typed and checked, read from the ``[tool.flwr.*]`` tables of a TOML file.
+
+A setting's path is the one below ``tool.flwr``: ``app.config.dataset``,
+``hierarchy.global_rounds``, ``cloud_cluster.tau``. The defaults here are the reference ones
+(100 rounds); the tables in ``pyproject.toml`` are the quick default.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from fedge_sim.errors import ConfigError, suggest
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+# Tables under tool.flwr that belong to Flower itself.
+_FLOWER_TABLES = {"federations"}
+
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+AbsolutePath = Annotated[str, AfterValidator(lambda p: str(Path(p).expanduser().absolute()))]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class AppConfig(_Table):
+    """``[tool.flwr.app.config]``: the data, the model, the seed and where results go.
+
+    Keys are written with dashes, as Flower's own are. Paths are made absolute when read.
+    """
+
+    model_config = ConfigDict(
+        alias_generator=lambda name: name.replace("_", "-"), validate_default=True
+    )
+
+    dataset: str = "hhar-synthetic"
+    data_root: AbsolutePath = "data"
+    partition: str = "user"
+    use_watches: bool = True
+    sample_rate_hz: Annotated[int, Field(ge=5)] = 50
+    window_seconds: Positive = 2.0
+    window_stride_seconds: Positive = 1.0
+    num_classes: Annotated[int, Field(ge=2)] = 6
+    model: str = "cnn1d"
+    seed: Annotated[int, Field(ge=0)] = 42
+    output_dir: AbsolutePath = "results"
+    overrides: str = ""
+
+
+class Hierarchy(_Table):
+    """``[tool.flwr.hierarchy]``: the topology and how clients, leaves and cloud learn."""
+
+    num_servers: Count = 3
+    clients_per_server: Annotated[
+        tuple[Annotated[StrictInt, Field(ge=1)], ...], Field(strict=False)
+    ] = (3, 3, 3)
+    global_rounds: Count = 100
+    server_rounds_per_global: Count = 1
+    lr_init: Positive = 0.05
+    lr_gamma: Annotated[float, Field(gt=0, le=1)] = 0.99
+    server_lr: Positive = 1.0
+    global_lr: Positive = 1.0
+    local_epochs: Count = 5
+    batch_size: Annotated[int, Field(ge=2)] = 32
+    eval_batch_size: Count = 64
+    momentum: Fraction = 0.9
+    weight_decay: NonNegative = 0.0001
+    clip_norm: NonNegative = 1.0
+    label_smoothing: Fraction = 0.1
+    prox_mu: NonNegative = 0.001
+    prox_mu_min: NonNegative = 0.0001
+    scaffold_enabled: Literal[False] = False
+    es_patience: Count = 5
+    es_delta: NonNegative = 0.001
+    cluster_better_delta: float = 0.0
+
+    @field_validator("clients_per_server")
+    @classmethod
+    def _one_entry_per_server(
+        cls, clients: tuple[int, ...], info: ValidationInfo
+    ) -> tuple[int, ...]:
+        servers = info.data.get("num_servers", len(clients))
+        if len(clients) != servers:
+            raise ValueError(
+                f"must have one entry for each of the {servers} leaf servers (num_servers), "
+                f"has {len(clients)}"
+            )
+        return clients
+
+    @property
+    def leaf_clients(self) -> tuple[tuple[int, ...], ...]:
+        """The client ids of every leaf server: client 0, 1, ... in leaf order."""
+        ids = iter(range(self.num_clients))
+        return tuple(tuple(next(ids) for _ in range(n)) for n in self.clients_per_server)
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients there are under all leaf servers."""
+        return sum(self.clients_per_server)
+
+    def learning_rate(self, global_round: int) -> float:
+        """Learning rate of a global round, counted from 1: lr_init * lr_gamma^(g-1)."""
+        return self.lr_init * self.lr_gamma ** (global_round - 1)
+
+
+class CloudCluster(_Table):
+    """``[tool.flwr.cloud_cluster]``: when and how the cloud groups the leaf servers."""
+
+    enable: bool = True
+    start_round: Count = 1
+    frequency: Count = 1
+    method: Literal["cosine_similarity"] = "cosine_similarity"
+    tau: NonNegative = 0.7
+
+    def due(self, global_round: int) -> bool:
+        """Whether the cloud clusters in this global round (counted from 1)."""
+        since_start = global_round - self.start_round
+        return self.enable and since_start >= 0 and since_start % self.frequency == 0
+
+
+class Runtime(_Table):
+    """``[tool.flwr.runtime]``: how the work is carried out; never changes a result's meaning."""
+
+    threads_per_client: Count = 1
+    node_timeout_s: Positive = 120.0
+
+
+class _AppTable(BaseModel):
+    """``[tool.flwr.app]``; what stands beside ``config`` there is Flower's."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+    config: AppConfig = Field(default_factory=AppConfig)
+
+
+class Settings(_Table):
+    """All settings of a run, frozen."""
+
+    app: _AppTable = Field(default_factory=_AppTable)
+    hierarchy: Hierarchy = Hierarchy()
+    cloud_cluster: CloudCluster = CloudCluster()
+    runtime: Runtime = Runtime()
+
+    @property
+    def data(self) -> AppConfig:
+        """The table ``app.config``."""
+        return self.app.config
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.app.config.seed
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> Self:
+        """Check the tables found under ``tool.flwr`` and return the settings.
+
+        Raises
+        ------
+        ConfigError
+            For the first wrong setting: table, key, value and what is allowed.
+        """
+        known = {name: table for name, table in tables.items() if name not in _FLOWER_TABLES}
+        try:
+            return cls.model_validate(known)
+        except ValidationError as error:
+            raise _config_error(error) from None
+
+    def with_data_root(self, path: str) -> Self:
+        """Return the settings with the data somewhere else: a node's own folder."""
+        config = self.app.config.model_copy(update={"data_root": str(Path(path).absolute())})
+        return self.model_copy(update={"app": self.app.model_copy(update={"config": config})})
+
+    def to_json(self) -> str:
+        """Return the settings as JSON that :func:`settings_from_json` reads back."""
+        return self.model_dump_json(by_alias=True)
+
+
+@lru_cache(maxsize=8)
+def settings_from_json(text: str) -> Settings:
+    """Read back what :meth:`Settings.to_json` wrote."""
+    return Settings.model_validate_json(text)
+
+
+def load_settings(
+    file: Path | None = None,
+    *,
+    app_config: Mapping[str, Any] | None = None,
+    assignments: Iterable[str] = (),
+    seed: str | None = None,
+) -> Settings:
+    """Read the settings of a run from a file and what overrides it.
+
+    Parameters
+    ----------
+    file : Path, optional
+        A TOML file with ``[tool.flwr.*]`` tables; the application's own ``pyproject.toml``
+        if not given. A key that it leaves out takes its default.
+    app_config : mapping, optional
+        Replaces ``[tool.flwr.app.config]``: what ``flwr run`` made of the table and of ``-c``.
+    assignments : iterable of str
+        ``table.key=value`` pairs, later ones winning; the key ``overrides`` of the table
+        ``app.config`` holds more of them, which are applied first.
+    seed : str, optional
+        The value of the environment variable ``SEED``; overrides ``app.config.seed``.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot be read or a setting is wrong.
+    """
+    tables = _read_tables(file or PYPROJECT)
+    config = _table(tables, "app.config")
+    if app_config is not None:
+        config.clear()
+        config.update(app_config)
+    for assignment in (*split_overrides(config.get("overrides", "")), *assignments):
+        _assign(tables, assignment)
+    if seed is not None:
+        if not re.fullmatch(r"\d+", seed.strip()):
+            raise ConfigError(f'SEED = "{seed}": the environment variable must be an integer >= 0')
+        config["seed"] = int(seed)
+    return Settings.from_tables(tables)
+
+
+def environment_seed() -> str | None:
+    """Return the environment variable ``SEED``, or None if it is unset or empty."""
+    return os.environ.get("SEED") or None
+
+
+def split_overrides(text: object) -> list[str]:
+    """Split ``"a.b=1 c.d=[1, 2]"`` into its assignments; blanks inside values are kept."""
+    if not isinstance(text, str):
+        raise ConfigError.at("app.config", "overrides", text, "must be text of table.key=value")
+    return [pair for pair in re.split(r"\s+(?=[\w.\-]+=)", text.strip()) if pair]
+
+
+def _read_tables(file: Path) -> dict[str, Any]:
+    try:
+        document = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot read the configuration ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: not a TOML file: {error}") from None
+    tables = document.get("tool", {}).get("flwr")
+    if not isinstance(tables, dict):
+        raise ConfigError(f"{file}: has no [tool.flwr.*] tables, such as [tool.flwr.hierarchy]")
+    return tables
+
+
+def _assign(tables: dict[str, Any], assignment: str) -> None:
+    """Carry out one ``table.key=value`` on the tables, in place."""
+    path, equals, text = assignment.partition("=")
+    table, _, key = path.strip().rpartition(".")
+    if not equals or not table or not key:
+        raise ConfigError(
+            f"{assignment!r}: an override has the form table.key=value, "
+            "for example hierarchy.global_rounds=5"
+        )
+    _table(tables, table)[key] = _value(text.strip())
+
+
+def _table(tables: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the table at a dotted path, made if it is missing."""
+    for name in path.split("."):
+        tables = tables.setdefault(name, {})
+        if not isinstance(tables, dict):
+            raise ConfigError(f"[{path}]: must be a table, but {name} = {tables!r} is a value")
+    return tables
+
+
+def _value(text: str) -> Any:
+    """Read a TOML value; a word that is none, such as uci-har, is taken as text."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _config_error(error: ValidationError) -> ConfigError:
+    """Turn what pydantic found first into one line for the user."""
+    first = error.errors()[0]
+    *path, key = (str(part) for part in first["loc"])
+    if path and key.isdigit():  # an entry of a list: name the list
+        key = f"{path.pop()}[{key}]"
+    table = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        known = _keys_of(path)
+        if not path:
+            return ConfigError(f"[{key}]: unknown table; {suggest(key, known)}")
+        return ConfigError.at(table, key, first["input"], f"unknown key; {suggest(key, known)}")
+    allowed = {"tuple_type": "must be a list of integers", "literal_error": "must be {expected}"}
+    message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
+    message = allowed.get(first["type"], message).format(**first.get("ctx", {}))
+    return ConfigError.at(table, key, first["input"], message.replace("False", "false"))
+
+
+def _keys_of(path: list[str]) -> list[str]:
+    model: Any = Settings
+    for name in path:
+        model = model.model_fields[name].annotation
+    return [field.alias or name for name, field in model.model_fields.items()]

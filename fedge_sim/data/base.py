@@ -1,0 +1,80 @@
+"""What a dataset is: windows of sensor channels, with a label and a user each."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class WindowDataset:
+    """All windows of a dataset, in one contiguous array.
+
+    Attributes
+    ----------
+    x : float32 array (windows, channels, samples)
+        Channels in the order acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z.
+    y : int64 array (windows,)
+        Class of each window, an index into ``classes``.
+    user : int64 array (windows,)
+        User of each window, an index into ``users``.
+    users, classes : tuple of str
+        Names, users in sorted order.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    user: NDArray[np.int64]
+    users: tuple[str, ...]
+    classes: tuple[str, ...]
+
+    @property
+    def window_shape(self) -> tuple[int, int]:
+        """Channels and samples of a window."""
+        return self.x.shape[1], self.x.shape[2]
+
+    def standardised(
+        self, rows: NDArray[np.int64]
+    ) -> tuple["WindowDataset", NDArray[np.float32], NDArray[np.float32]]:
+        """Scale every channel to mean 0 and deviation 1 over the given windows.
+
+        Parameters
+        ----------
+        rows : int64 array (n,)
+            The windows that give the statistics: training windows only.
+
+        Returns
+        -------
+        dataset : WindowDataset
+            The scaled copy.
+        mean, std : float32 array (channels,)
+            The statistics, in the units of the channels.
+        """
+        sample = self.x[rows]
+        mean = sample.mean(axis=(0, 2), dtype=np.float64).astype(np.float32)
+        std = sample.std(axis=(0, 2), dtype=np.float64).astype(np.float32) + np.float32(1e-8)
+        scaled = (self.x - mean[:, None]) / std[:, None]
+        return replace(self, x=scaled), mean, std
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What the clients of a run hold, known without their windows.
+
+    Attributes
+    ----------
+    num_train, num_test : tuple of int
+        Windows of client 0, 1, ...
+    window_shape : (int, int)
+        Channels and samples.
+    classes : tuple of str
+    mean, std : tuple of float
+        What each channel is standardised with.
+    """
+
+    num_train: tuple[int, ...]
+    num_test: tuple[int, ...]
+    window_shape: tuple[int, int]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]

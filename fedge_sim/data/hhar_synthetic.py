@@ -1,0 +1,151 @@
+"""Made-up sensor streams in the form of HHAR: 9 users, 6 activities, no download.
+
+Every user repeats each activity with an own amplitude, tempo, orientation of the device,
+sensor bias and noise. Users a..f carry the device one way, users g..i another: its axes are
+turned, and what tells sitting from standing, and climbing from descending, is exchanged. So
+one model for all users suffers, and two models, one for each way to carry the device, do not.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from fedge_sim.config import AppConfig
+from fedge_sim.data.base import WindowDataset
+from fedge_sim.randomness import stream
+
+USERS = tuple("abcdefghi")
+GRAVITY = 9.81  # m/s^2
+# Users from this one on carry the device the other way.
+FIRST_TURNED_USER = 6
+TURN = Rotation.from_euler("xyz", [30.0, 0.0, 90.0], degrees=True)
+SECONDS_PER_ACTIVITY = (60, 100)
+
+
+@dataclass(frozen=True)
+class Activity:
+    """One activity's movement: a periodic motion about a posture.
+
+    Attributes
+    ----------
+    tempo : float
+        Cycles a second.
+    swing : float
+        Amplitude of the acceleration, m/s^2.
+    spin : float
+        Amplitude of the rotation rate, rad/s.
+    pitch : float
+        Posture: angle of the device to the vertical, degrees.
+    skew : float
+        Share of the second harmonic; its sign tells climbing from descending.
+    """
+
+    name: str
+    tempo: float
+    swing: float
+    spin: float
+    pitch: float
+    skew: float
+
+
+ACTIVITIES = (
+    Activity("walking", tempo=1.9, swing=2.6, spin=0.9, pitch=5.0, skew=0.0),
+    Activity("sitting", tempo=0.3, swing=0.1, spin=0.03, pitch=28.0, skew=0.0),
+    Activity("standing", tempo=0.5, swing=0.2, spin=0.06, pitch=6.0, skew=0.0),
+    Activity("biking", tempo=1.4, swing=1.3, spin=1.4, pitch=20.0, skew=0.0),
+    Activity("stairsup", tempo=1.6, swing=2.2, spin=0.8, pitch=12.0, skew=0.5),
+    Activity("stairsdown", tempo=1.8, swing=2.4, spin=0.8, pitch=2.0, skew=-0.5),
+)
+# How the other way to carry the device exchanges activities: the movement recorded as
+# activity i there is that of activity EXCHANGED[i] here.
+EXCHANGED = (1, 0, 3, 2, 4, 5)
+
+
+@dataclass(frozen=True)
+class _Person:
+    """How one user differs from the prototype, and how the device sits on that user."""
+
+    amplitude: float
+    tempo: float
+    orientation: Rotation
+    bias: NDArray[np.float64]  # (6,), m/s^2 and rad/s
+    noise: float
+
+
+def load(config: AppConfig) -> WindowDataset:
+    """Make the streams from the seed and cut them into windows.
+
+    Uses ``sample-rate-hz``, ``window-seconds`` and ``window-stride-seconds``.
+    """
+    length = round(config.sample_rate_hz * config.window_seconds)
+    stride = max(1, round(config.sample_rate_hz * config.window_stride_seconds))
+    windows, labels, users = [], [], []
+    for user in range(len(USERS)):
+        person = _person(config.seed, user)
+        for label in range(len(ACTIVITIES)):
+            rng = stream(config.seed, "hhar-synthetic/stream", user, label)
+            turned = user >= FIRST_TURNED_USER
+            activity = ACTIVITIES[EXCHANGED[label] if turned else label]
+            recording = _recording(activity, person, config.sample_rate_hz, rng)
+            cut = sliding_window_view(recording, length, axis=1)[:, ::stride]  # (6, n, length)
+            windows.append(cut.transpose(1, 0, 2).astype(np.float32))
+            labels.append(np.full(cut.shape[1], label))
+            users.append(np.full(cut.shape[1], user))
+    return WindowDataset(
+        x=np.concatenate(windows),
+        y=np.concatenate(labels),
+        user=np.concatenate(users),
+        users=USERS,
+        classes=tuple(activity.name for activity in ACTIVITIES),
+    )
+
+
+def _person(seed: int, user: int) -> _Person:
+    rng = stream(seed, "hhar-synthetic/person", user)
+    own = Rotation.from_rotvec(rng.normal(0.0, np.radians(8.0), size=3))
+    return _Person(
+        amplitude=float(np.exp(rng.normal(0.0, 0.15))),
+        tempo=float(np.exp(rng.normal(0.0, 0.05))),
+        orientation=own * TURN if user >= FIRST_TURNED_USER else own,
+        bias=rng.normal(0.0, [0.2] * 3 + [0.05] * 3),
+        noise=float(rng.uniform(1.6, 2.4)),
+    )
+
+
+def _recording(
+    activity: Activity, person: _Person, rate_hz: int, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return the stream (6, samples) of one user who does one activity for a while."""
+    samples = int(rng.uniform(*SECONDS_PER_ACTIVITY) * rate_hz)
+    # Tempo, strength and posture wander while the activity goes on.
+    tempo = activity.tempo * person.tempo * np.exp(_wander(samples, rate_hz, 0.10, rng))
+    strength = person.amplitude * np.exp(_wander(samples, rate_hz, 0.25, rng))
+    pitch = np.radians(activity.pitch + _wander(samples, rate_hz, 7.0, rng))
+    roll = np.radians(_wander(samples, rate_hz, 7.0, rng))
+    phase = 2 * np.pi * (np.cumsum(tempo) / rate_hz + rng.uniform())
+
+    beat = np.sin(phase) + activity.skew * np.sin(2 * phase + np.pi / 2)
+    sway = np.sin(phase / 2)  # left and right foot: half the step's tempo
+    swing, spin = activity.swing * strength, activity.spin * strength
+    acceleration = np.stack([0.4 * swing * sway, 0.5 * swing * np.cos(phase), swing * beat])
+    acceleration += GRAVITY * np.stack(
+        [np.sin(roll), np.sin(pitch) * np.cos(roll), np.cos(pitch) * np.cos(roll)]
+    )
+    rotation = spin * np.stack([np.cos(phase), 0.6 * sway, 0.3 * beat])
+
+    turn = person.orientation.as_matrix()
+    clean = np.concatenate([turn @ acceleration, turn @ rotation])
+    scale = person.noise * np.array([[0.6]] * 3 + [[0.15]] * 3)
+    return clean + person.bias[:, None] + scale * rng.standard_normal(clean.shape)
+
+
+def _wander(
+    samples: int, rate_hz: int, deviation: float, rng: np.random.Generator
+) -> NDArray[np.float64]:
+    """Return a slow random drift about 0: a new value every 2 s, joined by straight lines."""
+    knots = np.arange(0, samples + 2 * rate_hz, 2 * rate_hz)
+    values = rng.normal(0.0, deviation, size=len(knots))
+    return np.interp(np.arange(samples), knots, values)

@@ -1,0 +1,58 @@
+"""Every error that a user can meet, typed, with the exit code that it ends a run with."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class FedgeError(Exception):
+    """Base of all errors raised on purpose: one line that says what to do."""
+
+    exit_code = 1
+
+
+class ConfigError(FedgeError):
+    """A setting is wrong: the message names table, key, value and what is allowed."""
+
+    exit_code = 2
+
+    @classmethod
+    def at(cls, table: str, key: str, value: object, problem: str) -> "ConfigError":
+        """Return the error for ``[table] key = value`` with what is allowed.
+
+        Parameters
+        ----------
+        table, key : str
+            Where the value stands, the table's name being the one below ``tool.flwr``.
+        value : object
+            The value as it was given.
+        problem : str
+            What is allowed, or what to do.
+        """
+        return cls(f"[{table}] {key} = {_toml(value)}: {problem}")
+
+
+class DataError(FedgeError):
+    """A dataset cannot be read, or does not fit the clients that were asked for."""
+
+    exit_code = 2
+
+
+class RosterError(FedgeError):
+    """A client of the topology is served by no node."""
+
+
+class RoundError(FedgeError):
+    """A round cannot go on: a leaf server got no usable reply."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ``"; did you mean 'x'?"`` for the closest known word, else the list of all."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f'"{value}"' if isinstance(value, str) else str(value)

@@ -1,0 +1,149 @@
+"""The one place where arrays become Flower records, and messages find their addressees."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
+from numpy.typing import NDArray
+from torch import nn
+
+from fedge_sim.algorithms import Arrays
+from fedge_sim.config import Settings
+from fedge_sim.training.local import Evaluation
+
+# Purposes of messages: train; evaluate a leaf's model before the cloud step, the model that the
+# cloud hands back to the leaf, the average of all leaves.
+TRAIN, LEAF, CLOUD, GLOBAL = "train", "leaf", "cloud", "global"
+# Names of the records in a message.
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+# Keys of its config and metrics.
+SETTINGS, CLIENT_ID, ROUND, LR, PROX_MU = "settings", "client-id", "round", "lr", "prox-mu"
+PURPOSE, SPLITS = "purpose", "splits"
+NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
+STEPS, SECONDS = "steps", "seconds"
+# The two questions of the roster, and what a node answers.
+ASK_CLIENTS, ASK_DATA = MessageType.QUERY, f"{MessageType.QUERY}.data"
+CLIENT_IDS, NUM_NODES, SERVES_ANY, ERROR = "client-ids", "num-nodes", "serves-any", "error"
+
+
+class Address(NamedTuple):
+    """What a message is for and whom; it travels as the message's group id.
+
+    Replies carry the group id of the message that they answer, error replies too.
+    """
+
+    purpose: str
+    leaf: int
+    client: int
+
+    def __str__(self) -> str:
+        return f"{self.purpose}/{self.leaf}/{self.client}"
+
+    @classmethod
+    def of(cls, message: Message) -> "Address | None":
+        """Read the address of a message; None if it has none (some errors of Flower's)."""
+        parts = message.metadata.group_id.split("/")
+        return cls(parts[0], int(parts[1]), int(parts[2])) if len(parts) == 3 else None
+
+
+def to_record(arrays: Arrays) -> ArrayRecord:
+    """Return a model's arrays as a record, names and order kept."""
+    return ArrayRecord({name: Array(np.asarray(array)) for name, array in arrays.items()})
+
+
+def to_arrays(record: ArrayRecord) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a record, names and order kept."""
+    return {name: array.numpy() for name, array in record.items()}
+
+
+def model_arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
+    """Return copies of a model's parameters and buffers."""
+    return {name: t.detach().cpu().numpy().copy() for name, t in model.state_dict().items()}
+
+
+def load_arrays(model: nn.Module, arrays: Arrays) -> None:
+    """Copy arrays into a model; names and shapes must be its own."""
+    model.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
+
+
+def instruction(
+    node: int,
+    message_type: str,
+    config: ConfigRecord,
+    arrays: ArrayRecord | None = None,
+    address: Address | None = None,
+) -> Message:
+    """Return a message to a node."""
+    content = RecordDict({CONFIG: config})
+    if arrays is not None:
+        content[ARRAYS] = arrays
+    return Message(content, node, message_type, group_id=str(address or ""))
+
+
+def config_of(message: Message) -> dict[str, Any]:
+    """Return the config of a message; keys and types are those listed above."""
+    return dict(message.content.config_records[CONFIG])
+
+
+def metrics_of(message: Message) -> dict[str, Any]:
+    """Return the metrics of a message."""
+    return dict(message.content.metric_records[METRICS])
+
+
+def arrays_of(message: Message) -> ArrayRecord:
+    """Return the model of a message."""
+    return message.content.array_records[ARRAYS]
+
+
+def train_config(settings: Settings, lr: float) -> ConfigRecord:
+    """Return what all clients are told for a round of training."""
+    return ConfigRecord({SETTINGS: settings.to_json(), LR: lr, PROX_MU: settings.hierarchy.prox_mu})
+
+
+def evaluate_config(settings: Settings, purpose: str, splits: Sequence[str]) -> ConfigRecord:
+    """Return what all clients are told for the evaluation of one model."""
+    return ConfigRecord({SETTINGS: settings.to_json(), PURPOSE: purpose, SPLITS: list(splits)})
+
+
+def reply(
+    message: Message,
+    *,
+    arrays: ArrayRecord | None = None,
+    metrics: MetricRecord | None = None,
+    config: ConfigRecord | None = None,
+) -> Message:
+    """Return the reply to a message, with the records that it carries."""
+    named = {ARRAYS: arrays, METRICS: metrics, CONFIG: config}
+    content = RecordDict({name: record for name, record in named.items() if record is not None})
+    return Message(content, reply_to=message)
+
+
+def put_evaluation(metrics: MetricRecord, split: str, result: Evaluation) -> None:
+    """Add an evaluation on one split (``"train"`` or ``"test"``) to a record."""
+    prefix = "" if split == "test" else f"{split}-"
+    metrics[prefix + NUM_EXAMPLES] = result.num_examples
+    metrics[prefix + LOSS] = result.loss
+    metrics[prefix + ACCURACY] = result.accuracy
+
+
+def get_evaluations(message: Message) -> dict[str, Evaluation]:
+    """Return the evaluations in a reply, by split."""
+    metrics, found = metrics_of(message), {}
+    for split, prefix in (("test", ""), ("train", "train-")):
+        if prefix + ACCURACY in metrics:
+            found[split] = Evaluation(
+                loss=metrics[prefix + LOSS],
+                accuracy=metrics[prefix + ACCURACY],
+                num_examples=metrics[prefix + NUM_EXAMPLES],
+            )
+    return found

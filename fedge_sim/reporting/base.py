@@ -1,0 +1,152 @@
+"""What callbacks are told: how a run starts, every global round, how it ends."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+
+from fedge_sim.cloud import CloudState
+from fedge_sim.config import Settings
+from fedge_sim.data.base import DataSummary
+from fedge_sim.errors import ConfigError
+from fedge_sim.training.local import Evaluation
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """A run that is about to start.
+
+    Attributes
+    ----------
+    settings : Settings
+    folder : Path
+        Where its results go: its own, made for it.
+    data : DataSummary
+    num_parameters : int
+        Trainable parameters of the model.
+    """
+
+    settings: Settings
+    folder: Path
+    data: DataSummary
+    num_parameters: int
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """One client in one global round.
+
+    ``leaf_test``, ``cloud_test`` and ``global_test`` evaluate, on this client's test windows,
+    its leaf's model before the cloud step, the model that the cloud hands back to the leaf,
+    and the average of all leaves. Bytes and seconds are those of training.
+    """
+
+    client: int
+    leaf: int
+    num_train: int
+    train_loss: float
+    leaf_test: Evaluation
+    cloud_test: Evaluation
+    global_test: Evaluation
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class LeafRound:
+    """One leaf server in one global round; evaluations pool its clients' test windows."""
+
+    leaf: int
+    cluster: int
+    gate_accepted: bool
+    leaf_test: Evaluation
+    cloud_test: Evaluation
+    clients: tuple[ClientRound, ...]
+
+
+@dataclass(frozen=True)
+class RoundRecord:
+    """One global round.
+
+    Attributes
+    ----------
+    global_round : int
+        From 1.
+    lr : float
+    leaves : tuple of LeafRound
+    central_train, central_test : Evaluation
+        The average of all leaf models, on all clients' windows together.
+    cloud : CloudState
+        The state after the round.
+    seconds : float
+        Wall time of the round.
+    """
+
+    global_round: int
+    lr: float
+    leaves: tuple[LeafRound, ...]
+    central_train: Evaluation
+    central_test: Evaluation
+    cloud: CloudState
+    seconds: float
+
+    @property
+    def clients(self) -> tuple[ClientRound, ...]:
+        """All clients, in order."""
+        return tuple(client for leaf in self.leaves for client in leaf.clients)
+
+    @property
+    def mean_leaf_accuracy(self) -> float:
+        """Mean over leaves of the accuracy before the cloud step."""
+        return sum(leaf.leaf_test.accuracy for leaf in self.leaves) / len(self.leaves)
+
+    @property
+    def mean_client_accuracy(self) -> float:
+        """Mean over clients of the accuracy of the models that the cloud hands back."""
+        return sum(c.cloud_test.accuracy for c in self.clients) / len(self.clients)
+
+
+class Callback:
+    """Base of all callbacks: every hook does nothing."""
+
+    def on_run_start(self, info: RunInfo) -> None:
+        """Before the first round, when data and topology are known to be good."""
+
+    def on_client_done(self, client: int, purpose: str) -> None:
+        """After a client replied; only grids of this process tell, from any thread."""
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """After every global round."""
+
+    def on_run_end(self, last: RoundRecord) -> None:
+        """After the last round."""
+
+    def close(self) -> None:
+        """After the run, however it ended."""
+
+
+def new_results_folder(settings: Settings) -> Path:
+    """Make a folder for one run under ``output-dir``; an existing one is never used.
+
+    Raises
+    ------
+    ConfigError
+        If nothing can be written there.
+    """
+    root = Path(settings.data.output_dir)
+    name = f"{datetime.now():%Y%m%d-%H%M%S}_{settings.data.dataset}_seed{settings.seed}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for number in count(1):
+            folder = root / (name if number == 1 else f"{name}_{number}")
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            return folder
+    except OSError as error:
+        raise ConfigError.at(
+            "app.config", "output-dir", str(root), f"cannot be written to ({error.strerror})"
+        ) from None
+    raise AssertionError("unreachable")

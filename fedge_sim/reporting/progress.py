@@ -1,0 +1,140 @@
+"""What a person sees: a progress bar on a terminal, a line a round in a log, a closing table."""
+
+import logging
+import time
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from fedge_sim.cloud import CloudState
+from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
+
+log = logging.getLogger(__name__)
+
+
+class ConsoleReporter(Callback):
+    """Shows the run on a console.
+
+    Parameters
+    ----------
+    console : rich Console
+        A progress bar is drawn if it is a terminal, else each round is logged.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("round {task.fields[round]}/{task.fields[rounds]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[clients]}"),
+            TextColumn("accuracy {task.fields[accuracy]}  clusters {task.fields[clusters]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_run_start(self, info: RunInfo) -> None:
+        """Say what runs, and start the bar."""
+        settings, h = info.settings, info.settings.hierarchy
+        log.info(
+            "%s on %s, seed %d: %d leaf servers, %d clients, %d training windows, %d parameters",
+            settings.data.model,
+            settings.data.dataset,
+            settings.seed,
+            h.num_servers,
+            h.num_clients,
+            sum(info.data.num_train),
+            info.num_parameters,
+        )
+        log.info("results: %s", info.folder)
+        self._settings, self._folder = settings, info.folder
+        self._started = time.perf_counter()
+        self._trained = 0
+        self._task = self._progress.add_task(
+            "rounds",
+            total=h.global_rounds * h.server_rounds_per_global * h.num_clients,
+            round=1,
+            rounds=h.global_rounds,
+            clients=f"0/{h.num_clients} clients",
+            accuracy="-",
+            clusters="-",
+        )
+        self._progress.start()
+
+    def on_client_done(self, client: int, purpose: str) -> None:
+        """Move the bar when a client has trained."""
+        if purpose == "train":
+            self._trained += 1
+            n = self._settings.hierarchy.num_clients
+            done = (self._trained - 1) % n + 1
+            self._progress.update(self._task, advance=1, clients=f"{done}/{n} clients")
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Show the round's accuracy and clusters, or log them."""
+        clusters = _clusters(record.cloud)
+        if self._console.is_terminal:
+            rounds = self._settings.hierarchy.global_rounds
+            self._progress.update(
+                self._task,
+                round=min(record.global_round + 1, rounds),
+                accuracy=f"{record.mean_client_accuracy:.1%}",
+                clusters=clusters,
+            )
+            return
+        log.info(
+            "round %d/%d  leaf accuracy %.4f  client accuracy %.4f  clusters %s  %.1f s",
+            record.global_round,
+            self._settings.hierarchy.global_rounds,
+            record.mean_leaf_accuracy,
+            record.mean_client_accuracy,
+            clusters,
+            record.seconds,
+        )
+
+    def on_run_end(self, last: RoundRecord) -> None:
+        """Print a table by leaf and cluster, the totals, and where the results are."""
+        self.close()
+        table = Table(title=f"after {last.global_round} global rounds (accuracy on test windows)")
+        for name in ("leaf server", "cluster", "clients", "training windows", "leaf", "cloud"):
+            table.add_column(name, justify="right")
+        for leaf in last.leaves:
+            table.add_row(
+                str(leaf.leaf),
+                str(leaf.cluster),
+                ", ".join(str(c.client) for c in leaf.clients),
+                str(sum(c.num_train for c in leaf.clients)),
+                f"{leaf.leaf_test.accuracy:.2%}",
+                f"{leaf.cloud_test.accuracy:.2%}",
+            )
+        self._console.print(table)
+        seconds = time.perf_counter() - self._started
+        self._console.print(
+            f"mean leaf accuracy before the cloud step: {last.mean_leaf_accuracy:.2%}\n"
+            f"mean client accuracy of the models handed back: {last.mean_client_accuracy:.2%}\n"
+            f"average of all leaves, all test windows: {last.central_test.accuracy:.2%}\n"
+            f"clusters: {_clusters(last.cloud)}; {seconds:.1f} s, "
+            f"{seconds / last.global_round:.1f} s a round\n"
+            f"results: {self._folder}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._progress.stop()
+
+
+def _clusters(state: CloudState) -> str:
+    groups = (state.members(k) for k in range(len(state.cluster_models)))
+    return " ".join("{" + ",".join(map(str, group)) + "}" for group in groups)

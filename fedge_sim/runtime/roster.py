@@ -1,0 +1,158 @@
+"""The roster: which node serves which client, and what data each client holds.
+
+A client is not a node. The topology names clients 0..N-1; nodes say which of them they
+serve. A node of a simulation serves any, and clients are dealt out to those in turn, always
+the same client to the same node.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fedge_sim import records
+from fedge_sim.config import Settings
+from fedge_sim.data.base import DataSummary
+from fedge_sim.errors import DataError, RosterError
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.2
+
+
+def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int]:
+    """Ask the nodes which clients they serve until every client has one.
+
+    Parameters
+    ----------
+    grid : Grid
+    num_clients : int
+    timeout_s : float
+        How long to wait for nodes to connect.
+
+    Returns
+    -------
+    dict of int to int
+        The node of every client.
+
+    Raises
+    ------
+    RosterError
+        If after that time a client is served by no node: it names the clients.
+    """
+    deadline = time.monotonic() + timeout_s
+    answers: dict[int, dict[str, Any]] = {}
+    while True:
+        new = [node for node in grid.get_node_ids() if node not in answers]
+        for message in grid.send_and_receive(
+            [records.instruction(node, records.ASK_CLIENTS, ConfigRecord()) for node in new],
+            timeout=max(1.0, deadline - time.monotonic()),
+        ):
+            if message.has_content():
+                answers[message.metadata.src_node_id] = records.config_of(message)
+        expected = max((a[records.NUM_NODES] for a in answers.values()), default=1)
+        roster = assign(answers, num_clients)
+        missing = [client for client in range(num_clients) if client not in roster]
+        if not missing and len(answers) >= expected:
+            log.info("%d clients on %d nodes", num_clients, len(set(roster.values())))
+            return roster
+        if time.monotonic() > deadline:
+            break
+        time.sleep(POLL_SECONDS)
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise RosterError(
+            f"no node serves client {names}: {len(answers)} nodes answered within {timeout_s:g} s; "
+            "start SuperNodes with --node-config 'client-ids=\"...\"' that names them"
+        )
+    log.warning("%d of %d nodes answered within %g s", len(answers), expected, timeout_s)
+    return roster
+
+
+def assign(answers: Mapping[int, Mapping[str, Any]], num_clients: int) -> dict[int, int]:
+    """Return the node of each client that can be served.
+
+    A client goes to the first node, by id, that names it, else to one of the nodes that
+    serve any, in turn by client id.
+    """
+    named: dict[int, int] = {}
+    for node in sorted(answers):
+        for client in answers[node][records.CLIENT_IDS]:
+            named.setdefault(client, node)
+    anywhere = sorted(node for node, answer in answers.items() if answer[records.SERVES_ANY])
+    roster = {}
+    for client in range(num_clients):
+        if client in named:
+            roster[client] = named[client]
+        elif anywhere:
+            roster[client] = anywhere[client % len(anywhere)]
+    return roster
+
+
+def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSummary:
+    """Ask every node about the data of its clients.
+
+    Raises
+    ------
+    DataError
+        What a node found wrong with its data, or that nodes differ in the form of theirs.
+    RosterError
+        If a node does not answer.
+    """
+    clients_of: dict[int, list[int]] = {}
+    for client, node in sorted(roster.items()):
+        clients_of.setdefault(node, []).append(client)
+    questions = [
+        records.instruction(
+            node,
+            records.ASK_DATA,
+            ConfigRecord({records.SETTINGS: settings.to_json(), records.CLIENT_IDS: clients}),
+        )
+        for node, clients in clients_of.items()
+    ]
+    answers = _contents(grid.send_and_receive(questions), clients_of)
+    sizes: dict[int, tuple[int, int]] = {}
+    forms = []
+    for node, clients in clients_of.items():
+        answer = answers[node]
+        if records.ERROR in answer:
+            raise DataError(answer[records.ERROR])
+        sizes |= zip(
+            clients, zip(answer["num-train"], answer["num-test"], strict=True), strict=True
+        )
+        forms.append((answer["window-shape"], answer["classes"]))
+    if any(form != forms[0] for form in forms):
+        raise DataError(f"nodes hold data of different forms: {forms}")
+    first = answers[next(iter(clients_of))]
+    channels, samples = first["window-shape"]
+    return DataSummary(
+        num_train=tuple(sizes[client][0] for client in sorted(sizes)),
+        num_test=tuple(sizes[client][1] for client in sorted(sizes)),
+        window_shape=(channels, samples),
+        classes=tuple(first["classes"]),
+        mean=tuple(first["mean"]),
+        std=tuple(first["std"]),
+    )
+
+
+def _contents(
+    replies: Iterable[Message], clients_of: Mapping[int, Sequence[int]]
+) -> dict[int, dict[str, Any]]:
+    """Return what each node answered."""
+    answers, reasons = {}, {}
+    for message in replies:
+        node = message.metadata.src_node_id
+        if message.has_content():
+            answers[node] = records.config_of(message)
+        else:
+            reasons[node] = message.error.reason
+    for node, clients in clients_of.items():
+        if node not in answers:
+            raise RosterError(
+                f"node {node}, which serves client {', '.join(map(str, clients))}, did not "
+                f"describe its data: {reasons.get(node, 'no answer')}"
+            )
+    return answers
