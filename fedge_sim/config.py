@@ -298,6 +298,9 @@ def _value(text: str) -> Any:
 def _config_error(error: ValidationError) -> ConfigError:
     """Turn what pydantic found first into one line for the user."""
     first = error.errors()[0]
+    if first["type"] == "model_type":
+        path = ".".join(str(part) for part in first["loc"])
+        return ConfigError(f"[{path}]: must be a table, but it is {first['input']!r}")
     *path, key = (str(part) for part in first["loc"])
     if path and key.isdigit():  # an entry of a list: name the list
         key = f"{path.pop()}[{key}]"

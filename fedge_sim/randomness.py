@@ -22,7 +22,8 @@ def stream(seed: int, purpose: str, *indices: int) -> np.random.Generator:
     *indices : int
         What they belong to, for example round and client, each 0 or more.
     """
-    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), *indices])
+    # The number of indices is part of the name: numpy takes [1] and [1, 0] for the same seed.
+    return np.random.default_rng([seed, zlib.crc32(purpose.encode()), len(indices), *indices])
 
 
 def torch_generator(seed: int, purpose: str, *indices: int) -> torch.Generator:

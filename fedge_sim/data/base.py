@@ -19,7 +19,7 @@ class WindowDataset:
     user : int64 array (windows,)
         User of each window, an index into ``users``.
     users, classes : tuple of str
-        Names, users in sorted order.
+        Names; users sorted as text.
     """
 
     x: NDArray[np.float32]

@@ -21,7 +21,7 @@ USERS = tuple("abcdefghi")
 GRAVITY = 9.81  # m/s^2
 # Users from this one on carry the device the other way.
 FIRST_TURNED_USER = 6
-TURN = Rotation.from_euler("xyz", [30.0, 0.0, 90.0], degrees=True)
+TURN = Rotation.from_euler("xyz", [90.0, 0.0, 90.0], degrees=True)
 SECONDS_PER_ACTIVITY = (60, 100)
 
 
@@ -91,7 +91,7 @@ def load(config: AppConfig) -> WindowDataset:
             activity = ACTIVITIES[EXCHANGED[label] if turned else label]
             recording = _recording(activity, person, config.sample_rate_hz, rng)
             cut = sliding_window_view(recording, length, axis=1)[:, ::stride]  # (6, n, length)
-            windows.append(cut.transpose(1, 0, 2).astype(np.float32))
+            windows.append(cut.transpose(1, 0, 2).astype(np.float32, order="C"))
             labels.append(np.full(cut.shape[1], label))
             users.append(np.full(cut.shape[1], user))
     return WindowDataset(

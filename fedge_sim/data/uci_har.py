@@ -33,11 +33,12 @@ def load(config: AppConfig) -> WindowDataset:
             classes = tuple(str(name) for name in archive["classes"])
     except (KeyError, ValueError, OSError) as error:
         raise DataError(f"{file}: not the archive that dataset uci-har reads: {error}") from None
-    users, user = np.unique(subject, return_inverse=True)
+    # People are ordered by name, as text, as those of HHAR are: 1, 11, 14, ..., 3, 30, 5.
+    users, user = np.unique(subject.astype(str), return_inverse=True)
     return WindowDataset(
         x=np.ascontiguousarray(x, dtype=np.float32),
         y=y.astype(np.int64),
         user=user.astype(np.int64),
-        users=tuple(str(name) for name in users),
+        users=tuple(users.tolist()),
         classes=classes,
     )

@@ -1,0 +1,38 @@
+# Every target builds .venv on first use, with the exact versions of constraints.txt.
+.DEFAULT_GOAL := help
+.PHONY: run test lint bench clean help
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+# More for the command, for example: make run ARGS="--set hierarchy.global_rounds=3"
+ARGS ?=
+
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+run: $(READY)  ## run the main job on the embedded dataset
+	$(BIN)/python -m fedge_sim.orchestrator $(ARGS)
+
+test: lint  ## lint, type-check and run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY)  ## measure against plain Flower, side by side
+	$(BIN)/python scripts/bench.py --workload w1 $(ARGS)
+
+clean:  ## remove the environment and all caches; results are kept
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $(READY)

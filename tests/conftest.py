@@ -1,0 +1,66 @@
+"""Shared by all tests: small settings, the real data, a run in this process."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from fedge_sim.client_app import app as client_app
+from fedge_sim.config import Settings, load_settings
+from fedge_sim.orchestrator import Orchestrator, Result
+from fedge_sim.reporting.base import Callback
+from fedge_sim.reporting.tables import TableWriter
+from fedge_sim.reporting.weights import WeightWriter
+from fedge_sim.runtime.in_process import InProcessGrid
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+# A tenth of the default's work: short windows of slow sensors, one epoch.
+SMALL = (
+    "app.config.sample-rate-hz=20",
+    "app.config.window-stride-seconds=4.0",
+    "hierarchy.local_epochs=1",
+    "hierarchy.global_rounds=2",
+)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data; absent only where the project stands alone."""
+    if not SHARED.exists():
+        pytest.skip("no ../shared folder beside the project: the real data is not here")
+    return SHARED
+
+
+@pytest.fixture
+def small(tmp_path: Path):
+    """Return a function from overrides to settings of a run of a few seconds."""
+
+    def settings(*assignments: str) -> Settings:
+        output = f"app.config.output-dir={tmp_path / 'results'}"
+        return load_settings(assignments=[*SMALL, output, *assignments])
+
+    return settings
+
+
+def run(
+    settings: Settings, callbacks: Sequence[Callback] | None = None, workers: int = 2
+) -> Result:
+    """Run in this process, with the standard result files."""
+    if callbacks is None:
+        callbacks = [TableWriter(), WeightWriter()]
+    with InProcessGrid(client_app, workers) as grid:
+        return Orchestrator(settings, grid, callbacks).run()
+
+
+def command_line(*args: str) -> list[str]:
+    """Return the command that a user types, for subprocess."""
+    return [sys.executable, "-m", "fedge_sim.orchestrator", *args]
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """Return this environment without SEED."""
+    return {**{k: v for k, v in os.environ.items() if k != "SEED"}, **more}

@@ -1,0 +1,230 @@
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedge_sim.config import (
+    Settings,
+    load_settings,
+    settings_from_json,
+    split_overrides,
+)
+from fedge_sim.data import federate
+from fedge_sim.errors import ConfigError, FedgeError
+from fedge_sim.models import build_model
+from tests.conftest import ROOT, clean_environment, command_line
+
+REFERENCE = {
+    "hierarchy": {
+        "num_servers": 3,
+        "clients_per_server": (3, 3, 3),
+        "global_rounds": 100,
+        "server_rounds_per_global": 1,
+        "lr_init": 0.05,
+        "lr_gamma": 0.99,
+        "server_lr": 1.0,
+        "global_lr": 1.0,
+        "local_epochs": 5,
+        "batch_size": 32,
+        "eval_batch_size": 64,
+        "momentum": 0.9,
+        "weight_decay": 0.0001,
+        "clip_norm": 1.0,
+        "prox_mu": 0.001,
+        "prox_mu_min": 0.0001,
+        "scaffold_enabled": False,
+        "es_patience": 5,
+        "es_delta": 0.001,
+        "cluster_better_delta": 0.0,
+    },
+    "cloud_cluster": {
+        "enable": True,
+        "start_round": 1,
+        "frequency": 1,
+        "method": "cosine_similarity",
+        "tau": 0.7,
+    },
+    "data": {
+        "use_watches": True,
+        "sample_rate_hz": 50,
+        "window_seconds": 2,
+        "window_stride_seconds": 1,
+        "num_classes": 6,
+        "model": "cnn1d",
+        "seed": 42,
+    },
+}
+
+
+def test_defaults_are_the_references():
+    settings = Settings.from_tables({})
+    for table, values in REFERENCE.items():
+        found = getattr(settings, table).model_dump()
+        assert {key: found[key] for key in values} == values
+
+
+def test_pyproject_is_the_quick_default():
+    settings = load_settings()
+    assert settings.hierarchy.global_rounds == 10
+    assert settings.data.dataset == "hhar-synthetic"
+    assert settings.hierarchy.leaf_clients == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
+
+
+def test_learning_rate_of_a_round():
+    h = load_settings().hierarchy
+    assert h.learning_rate(1) == 0.05
+    assert h.learning_rate(3) == pytest.approx(0.05 * 0.99**2)
+
+
+def test_json_round_trip():
+    settings = load_settings(assignments=["cloud_cluster.tau=0.25"])
+    assert settings_from_json(settings.to_json()) == settings
+
+
+def test_what_overrides_what(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text(
+        '[tool.flwr.app.config]\noverrides = "cloud_cluster.tau=0.5 hierarchy.prox_mu=0"\n'
+        "[tool.flwr.hierarchy]\nglobal_rounds = 7\nprox_mu = 0.5\n"
+        "[tool.flwr.federations]\ndefault = 'local'\n"
+    )
+    settings = load_settings(file, assignments=["cloud_cluster.tau=0.6"], seed="43")
+    assert settings.hierarchy.global_rounds == 7
+    assert settings.hierarchy.local_epochs == 5  # left out: the default
+    assert settings.hierarchy.prox_mu == 0
+    assert settings.cloud_cluster.tau == 0.6
+    assert settings.seed == 43
+    assert settings.data.output_dir.startswith("/")
+    flower = load_settings(file, app_config={"seed": 7, "overrides": ""})
+    assert flower.seed == 7
+    assert flower.hierarchy.prox_mu == 0.5
+
+
+def test_uneven_topology():
+    settings = load_settings(
+        assignments=["hierarchy.num_servers=4", "hierarchy.clients_per_server=[1, 4, 2, 1]"]
+    )
+    assert settings.hierarchy.leaf_clients == ((0,), (1, 2, 3, 4), (5, 6), (7,))
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.from_regex(r"[a-z_]+\.[a-z][a-z\-]*", fullmatch=True),
+            st.sampled_from(["1", "0.5", "[3, 3, 3]", '"a b"', "true", "uci-har"]),
+        ),
+        max_size=5,
+    )
+)
+def test_overrides_split_into_their_assignments(pairs):
+    text = " ".join(f"{path}={value}" for path, value in pairs)
+    assert split_overrides(text) == [f"{path}={value}" for path, value in pairs]
+
+
+WRONG = {
+    "hierarchy.global_round=5": "[hierarchy] global_round = 5: unknown key; did you mean 'global_rounds'?",
+    "hierachy.global_rounds=5": "[hierachy]: unknown table; did you mean 'hierarchy'?",
+    "app.config.data_root=x": "[app.config] data_root = \"x\": unknown key; did you mean 'data-root'?",
+    "hierarchy.global_rounds=5.5": "[hierarchy] global_rounds = 5.5: must be a valid integer",
+    "hierarchy.global_rounds=many": '[hierarchy] global_rounds = "many": must be a valid integer',
+    "hierarchy.lr_init=true": "[hierarchy] lr_init = true: must be a valid number",
+    "hierarchy.global_rounds=0": "[hierarchy] global_rounds = 0: must be greater than or equal to 1",
+    "hierarchy.scaffold_enabled=true": "[hierarchy] scaffold_enabled = true: must be false",
+    "hierarchy.num_servers=2": "[hierarchy] clients_per_server = [3, 3, 3]: must have one entry for "
+    "each of the 2 leaf servers (num_servers), has 3",
+    "hierarchy.clients_per_server=[3, 0, 3]": "[hierarchy] clients_per_server[1] = 0: must be "
+    "greater than or equal to 1",
+    "hierarchy.clients_per_server=9": "[hierarchy] clients_per_server = 9: must be a list of integers",
+    "cloud_cluster.tau=-0.1": "[cloud_cluster] tau = -0.1: must be greater than or equal to 0",
+    "cloud_cluster.tau=nan": "[cloud_cluster] tau = nan: must be a finite number",
+    "cloud_cluster.tau=high": '[cloud_cluster] tau = "high": must be a valid number',
+    "cloud_cluster.method=magic": "[cloud_cluster] method = \"magic\": must be 'cosine_similarity'",
+    "tau=1": "'tau=1': an override has the form table.key=value, "
+    "for example hierarchy.global_rounds=5",
+    "hierarchy.prox_mu.x=1": "[hierarchy.prox_mu]: must be a table, but prox_mu = 0.001 is a value",
+}
+
+
+@pytest.mark.parametrize(("assignment", "message"), WRONG.items())
+def test_wrong_settings(assignment, message):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(assignments=[assignment])
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the configuration"),
+        ("a = = 1", "not a TOML file"),
+        ("[project]\nname = 'x'", "has no [tool.flwr.*] tables"),
+        ("[tool.flwr]\napp = 3", "[app.config]: must be a table, but app = 3 is a value"),
+        ("[tool.flwr]\nhierarchy = 3", "[hierarchy]: must be a table, but it is 3"),
+    ],
+)
+def test_wrong_files(tmp_path, content, message):
+    file = tmp_path / "job.toml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file)
+    assert message in str(caught.value)
+
+
+def test_seed_must_be_a_number():
+    with pytest.raises(ConfigError, match='SEED = "x"'):
+        load_settings(seed="x")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        (["app.config.dataset=hhar-syntetic"], "did you mean 'hhar-synthetic'?"),
+        (["app.config.partition=users"], "did you mean 'user'?"),
+        (["app.config.num-classes=5"], "dataset 'hhar-synthetic' has 6 classes"),
+        (
+            ["app.config.dataset=uci-har", "app.config.data-root=/nowhere"],
+            'data-root = "/nowhere": dataset "uci-har" needs the file uci_har_21_subjects.npz',
+        ),
+        (["hierarchy.clients_per_server=[4, 3, 3]"], "asks for 10 clients"),
+    ],
+)
+def test_settings_that_do_not_fit_the_data(assignments, message):
+    settings = load_settings(assignments=assignments)
+    with pytest.raises(FedgeError) as caught:
+        federate(settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 2
+
+
+def test_unknown_model():
+    with pytest.raises(ConfigError, match=r"model = \"cnn\": unknown; did you mean 'cnn1d'"):
+        build_model("cnn", (6, 100), 6)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--set", "cloud_cluster.tau=-1"], "error: [cloud_cluster] tau = -1: must be"),
+        (["--set", "app.config.model=resnet"], 'error: [app.config] model = "resnet": unknown'),
+        (["--set", "app.config.dataset=uci-har"], "error: [app.config] data-root = "),
+        (["--config", "missing.toml"], "error: missing.toml: cannot read"),
+    ],
+)
+def test_the_command_line_ends_with_2_and_one_line(tmp_path, args, message):
+    done = subprocess.run(
+        command_line("--output-dir", str(tmp_path / "out"), *args),
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()

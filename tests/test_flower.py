@@ -1,0 +1,142 @@
+"""Real runs of Flower: ``flwr run .`` on a SuperLink of this test's own."""
+
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+from tests.conftest import ROOT, SMALL, run
+
+TIME_COLUMNS = {"total_comp_time_sec", "comp_time_sec", "round_time_sec"}
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+class Flower:
+    """The ``flwr`` command with a home and ports of its own."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.environment = {
+            **{k: v for k, v in os.environ.items() if k != "SEED"},
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "FLWR_HOME": str(home),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
+            "FLWR_LOCAL_CONTROL_API_PORT": free_port(),
+            "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+            "FLWR_TELEMETRY_ENABLED": "0",
+        }
+
+    def __call__(self, *args: str, cwd: Path = ROOT) -> str:
+        return subprocess.run(
+            ["flwr", *args],
+            cwd=cwd,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=300,
+            check=True,
+        ).stdout
+
+    def run(self, overrides: str, output: Path, nodes: int | None) -> tuple[str, str]:
+        """Return the status of a run and what it printed."""
+        federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
+        log = self(
+            *("run", ".", "--stream"),
+            *(("--federation-config", federation) if nodes else ()),
+            *("-c", f'output-dir="{output}" overrides="{overrides}"'),
+        )
+        newest = json.loads(self("list", "--format", "json"))["runs"][0]
+        return newest["status"], log
+
+    def stop(self) -> None:
+        """End every process that has this home, and their children."""
+        own = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("FLWR_HOME") == str(self.home):
+                    own += [process, *process.children(recursive=True)]
+            except (psutil.NoSuchProcess, psutil.AccessDenied):
+                continue
+        for process in own:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+        psutil.wait_procs(own, timeout=10)
+
+
+@pytest.fixture(scope="module")
+def flower(tmp_path_factory):
+    flower = Flower(tmp_path_factory.mktemp("flower-home"))
+    yield flower
+    flower.stop()
+    # Nothing that belongs to this home is left.
+    assert not [
+        p
+        for p in psutil.process_iter(["environ"])
+        if (p.info["environ"] or {}).get("FLWR_HOME") == str(flower.home)
+        and p.status() != psutil.STATUS_ZOMBIE
+    ]
+
+
+def git_status() -> str:
+    if not shutil.which("git") or not (ROOT / ".git").exists():
+        return ""
+    command = ["git", "status", "--porcelain"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def table(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+@pytest.mark.parametrize("nodes", [None, 9, 12])
+def test_flwr_run_equals_the_run_in_this_process(flower, small, tmp_path, nodes):
+    """With Flower's default of 2 SuperNodes, with as many as clients, and with more."""
+    before = git_status()
+    status, log = flower.run(" ".join(SMALL), tmp_path / "flower", nodes)
+    assert status == "finished:completed", log
+    assert git_status() == before
+    (theirs,) = (tmp_path / "flower").iterdir()
+    assert f"results: {theirs}" in log
+    assert f"9 clients on {min(nodes or 2, 9)} nodes" in log
+    ours = run(small()).folder
+
+    models = sorted(f.name for f in (ours / "models").glob("*.safetensors"))
+    assert models == sorted(f.name for f in (theirs / "models").glob("*.safetensors"))
+    for name in models:
+        a, b = (load_file(folder / "models" / name) for folder in (ours, theirs))
+        assert max(np.abs(a[key] - b[key]).max() for key in a) <= 1e-6
+
+    metrics = Path("metrics") / "seed_42"
+    for file in (ours / metrics).glob("*.csv"):
+        for a, b in zip(table(file), table(theirs / metrics / file.name), strict=True):
+            assert a.keys() == b.keys()
+            for column in a.keys() - TIME_COLUMNS:
+                assert float(a[column]) == pytest.approx(float(b[column]), abs=1e-6, nan_ok=True)
+    for name in ("cluster_history.json",):
+        a, b = (json.loads((folder / metrics / name).read_text()) for folder in (ours, theirs))
+        assert [entry["labels"] for entry in a] == [entry["labels"] for entry in b]
+
+
+def test_a_wrong_setting_fails_the_run_and_names_itself(flower, tmp_path):
+    status, log = flower.run("hierarchy.global_round=5", tmp_path / "out", None)
+    assert status == "finished:failed"
+    assert "[hierarchy] global_round = 5: unknown key; did you mean 'global_rounds'?" in log
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,127 @@
+import threading
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from fedge_sim import records
+from fedge_sim.client_app import app as client_app
+from fedge_sim.errors import RosterError
+from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.runtime.roster import assign, call_roster, survey
+
+
+def answer(node_config):
+    """Return what a node with this configuration says it serves."""
+    with InProcessGrid(client_app, 1, node_config=node_config) as grid:
+        message = records.instruction(grid.get_node_ids()[0], records.ASK_CLIENTS, ConfigRecord())
+        (reply,) = grid.send_and_receive([message])
+        return records.config_of(reply)
+
+
+def test_what_nodes_say():
+    simulated = answer({"partition-id": 1, "num-partitions": 2})
+    assert simulated == {"serves-any": True, "client-ids": [], "num-nodes": 2}
+    assert answer({})["serves-any"]
+    assert answer({"partition-id": 4})["client-ids"] == [4]
+    assert answer({"client-ids": "0, 3 6"})["client-ids"] == [0, 3, 6]
+    assert not answer({"client-ids": "0"})["serves-any"]
+    assert answer({"client-ids": 5, "num-partitions": 9})["client-ids"] == [5]
+
+
+ANY = {"serves-any": True, "client-ids": []}
+
+
+def test_clients_are_dealt_out_in_turn_whatever_the_order_of_answers():
+    assert assign({7: ANY, 3: ANY}, 5) == {0: 3, 1: 7, 2: 3, 3: 7, 4: 3}
+    assert assign({3: ANY, 7: ANY}, 5) == assign({7: ANY, 3: ANY}, 5)
+
+
+def test_more_nodes_than_clients():
+    assert assign(dict.fromkeys(range(12), ANY), 2) == {0: 0, 1: 1}
+
+
+def test_a_named_client_goes_to_its_node():
+    named = {"serves-any": False, "client-ids": [1, 2]}
+    assert assign({5: ANY, 9: named}, 4) == {0: 5, 1: 9, 2: 9, 3: 5}
+    assert assign({9: named}, 4) == {1: 9, 2: 9}
+
+
+def test_a_client_that_no_node_serves_is_named():
+    with (
+        InProcessGrid(client_app, 1, node_config={"client-ids": "0 2"}) as grid,
+        pytest.raises(RosterError, match=r"no node serves client 1, 3: 1 nodes answered"),
+    ):
+        call_roster(grid, 4, timeout_s=0.5)
+
+
+class Gathering(InProcessGrid):
+    """Nodes that appear one after another, as those of a simulation do."""
+
+    def __init__(self):
+        super().__init__(self.serve, 1)
+        self.calls = 0
+
+    def get_node_ids(self):
+        self.calls += 1
+        return list(range(10, 10 + min(self.calls, 3)))
+
+    @staticmethod
+    def serve(message: Message, context: Context) -> Message:
+        node_config = {"partition-id": message.metadata.dst_node_id - 10, "num-partitions": 3}
+        return client_app(message, Context(1, 2, node_config, RecordDict(), {}))
+
+
+def test_the_roster_waits_for_all_nodes_of_a_simulation():
+    with Gathering() as grid:
+        assert call_roster(grid, 4, timeout_s=10) == {0: 10, 1: 11, 2: 12, 3: 10}
+
+
+def test_survey_sums_up_what_nodes_hold(small):
+    with Gathering() as grid:
+        roster = call_roster(grid, 9, timeout_s=10)
+        data = survey(grid, roster, small())
+    with InProcessGrid(client_app, 1) as grid:
+        assert survey(grid, dict.fromkeys(range(9), 2), small()) == data
+    assert data.window_shape == (6, 40)
+    assert len(data.num_train) == len(data.num_test) == 9
+
+
+def test_replies_come_in_the_order_of_messages_and_errors_as_replies():
+    def app(message, context):
+        if message.metadata.group_id == "a/0/1":
+            raise RuntimeError("broken")
+        return records.reply(message)
+
+    told = []
+    with InProcessGrid(app, 2, on_reply=told.append) as grid:
+        messages = [
+            records.instruction(2, "query", ConfigRecord(), None, records.Address("a", 0, c))
+            for c in range(3)
+        ]
+        replies = grid.send_and_receive(messages)
+        assert grid.pull_messages(["unknown"]) == []
+    assert [records.Address.of(r).client for r in replies] == [0, 1, 2]
+    assert [r.has_error() for r in replies] == [False, True, False]
+    assert replies[1].error.reason == "RuntimeError: broken"
+    assert len(told) == 3
+    assert all(r.metadata.message_id for r in replies)
+
+
+def test_a_timeout_returns_what_is_ready():
+    import threading
+
+    gate = threading.Event()
+
+    def app(message, context):
+        if message.metadata.group_id == "a/0/1":
+            gate.wait(10)
+        return records.reply(message)
+
+    with InProcessGrid(app, 2) as grid:
+        messages = [
+            records.instruction(2, "query", ConfigRecord(), None, records.Address("a", 0, c))
+            for c in range(2)
+        ]
+        replies = grid.send_and_receive(messages, timeout=0.5)
+        gate.set()
+    assert [records.Address.of(r).client for r in replies] == [0]
