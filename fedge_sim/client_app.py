@@ -9,7 +9,7 @@ where its data lies.
 from typing import Any
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ConfigRecord, Context, Message, MetricRecord
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -105,7 +105,7 @@ def train(message: Message, context: Context) -> Message:
             records.SECONDS: result.seconds,
         }
     )
-    arrays = ArrayRecord(model.state_dict())
+    arrays = records.to_record(records.model_arrays(model))
     return records.reply(message, arrays=arrays, metrics=metrics)
 
 

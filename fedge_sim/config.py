@@ -107,6 +107,14 @@ class Hierarchy(_Table):
         return clients
 
     @property
+    def without_effect(self) -> dict[str, object]:
+        """What was set to another value than the default, and changes nothing here."""
+        unread = ("prox_mu_min", "es_patience", "es_delta")
+        defaults = type(self).model_fields
+        values = {key: getattr(self, key) for key in unread}
+        return {key: v for key, v in values.items() if v != defaults[key].default}
+
+    @property
     def leaf_clients(self) -> tuple[tuple[int, ...], ...]:
         """The client ids of every leaf server: client 0, 1, ... in leaf order."""
         ids = iter(range(self.num_clients))
@@ -299,8 +307,8 @@ def _config_error(error: ValidationError) -> ConfigError:
     """Turn what pydantic found first into one line for the user."""
     first = error.errors()[0]
     if first["type"] == "model_type":
-        path = ".".join(str(part) for part in first["loc"])
-        return ConfigError(f"[{path}]: must be a table, but it is {first['input']!r}")
+        table = ".".join(str(part) for part in first["loc"])
+        return ConfigError(f"[{table}]: must be a table, but it is {first['input']!r}")
     *path, key = (str(part) for part in first["loc"])
     if path and key.isdigit():  # an entry of a list: name the list
         key = f"{path.pop()}[{key}]"

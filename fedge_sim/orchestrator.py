@@ -79,6 +79,8 @@ class Orchestrator:
             If settings and data do not fit, a client has no node, or a round cannot go on.
         """
         h = self.settings.hierarchy
+        for key, value in h.without_effect.items():
+            log.warning("[hierarchy] %s = %s: accepted, but without effect", key, value)
         roster = call_roster(self.grid, h.num_clients, self.settings.runtime.node_timeout_s)
         data = survey(self.grid, roster, self.settings)
         model = build_model(self.settings.data.model, data.window_shape, len(data.classes))

@@ -77,6 +77,12 @@ def test_learning_rate_of_a_round():
     assert h.learning_rate(3) == pytest.approx(0.05 * 0.99**2)
 
 
+def test_what_changes_nothing_is_named():
+    assert load_settings().hierarchy.without_effect == {}
+    settings = load_settings(assignments=["hierarchy.es_patience=9", "hierarchy.prox_mu=1"])
+    assert settings.hierarchy.without_effect == {"es_patience": 9}
+
+
 def test_json_round_trip():
     settings = load_settings(assignments=["cloud_cluster.tau=0.25"])
     assert settings_from_json(settings.to_json()) == settings

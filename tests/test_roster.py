@@ -108,8 +108,6 @@ def test_replies_come_in_the_order_of_messages_and_errors_as_replies():
 
 
 def test_a_timeout_returns_what_is_ready():
-    import threading
-
     gate = threading.Event()
 
     def app(message, context):

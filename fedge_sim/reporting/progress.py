@@ -60,7 +60,6 @@ class ConsoleReporter(Callback):
         log.info("results: %s", info.folder)
         self._settings, self._folder = settings, info.folder
         self._started = time.perf_counter()
-        self._trained = 0
         self._task = self._progress.add_task(
             "rounds",
             total=h.global_rounds * h.server_rounds_per_global * h.num_clients,
@@ -75,10 +74,10 @@ class ConsoleReporter(Callback):
     def on_client_done(self, client: int, purpose: str) -> None:
         """Move the bar when a client has trained."""
         if purpose == "train":
-            self._trained += 1
+            self._progress.advance(self._task)
             n = self._settings.hierarchy.num_clients
-            done = (self._trained - 1) % n + 1
-            self._progress.update(self._task, advance=1, clients=f"{done}/{n} clients")
+            done = (int(self._progress.tasks[0].completed) - 1) % n + 1
+            self._progress.update(self._task, clients=f"{done}/{n} clients")
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Show the round's accuracy and clusters, or log them."""
