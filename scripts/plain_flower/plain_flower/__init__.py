@@ -1,0 +1,1 @@
+"""Plain federated averaging in Flower: what fedge_sim is measured against."""
