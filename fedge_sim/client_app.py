@@ -33,13 +33,13 @@ def clients_served(message: Message, context: Context) -> Message:
     """
     node = context.node_config
     ids: list[int] = []
-    if "client-ids" in node:
+    if named := "client-ids" in node:
         ids = [int(part) for part in str(node["client-ids"]).replace(",", " ").split()]
     elif "partition-id" in node and "num-partitions" not in node:
         ids = [int(node["partition-id"])]
     answer = ConfigRecord(
         {
-            records.SERVES_ANY: not ids,
+            records.SERVES_ANY: not ids and not named,
             records.CLIENT_IDS: ids,
             records.NUM_NODES: int(node.get("num-partitions", 0)),
         }
@@ -93,7 +93,7 @@ def train(message: Message, context: Context) -> Message:
             weight_decay=h.weight_decay,
             clip_norm=h.clip_norm,
             label_smoothing=h.label_smoothing,
-            prox_mu=config[records.PROX_MU],
+            prox_mu=h.prox_mu,
         ),
         stream(settings.seed, "batches", config[records.ROUND], client),
     )
@@ -101,7 +101,6 @@ def train(message: Message, context: Context) -> Message:
         {
             records.NUM_EXAMPLES: len(data.clients[client].train),
             records.LOSS: result.loss,
-            records.STEPS: result.steps,
             records.SECONDS: result.seconds,
         }
     )

@@ -85,8 +85,6 @@ def step(
     def average(leaves: Sequence[int]) -> Arrays:
         weights = [examples[leaf] for leaf in leaves]
         mean = weighted_mean([leaf_models[leaf] for leaf in leaves], weights)
-        if global_lr == 1.0:
-            return mean
         start = weighted_mean([handed_out[leaf] for leaf in leaves], weights)
         return step_towards(start, mean, global_lr, trainable)
 

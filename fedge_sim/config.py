@@ -28,14 +28,27 @@ from fedge_sim.errors import ConfigError, suggest
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 
-# Tables under tool.flwr that belong to Flower itself.
+# What belongs to Flower itself under tool.flwr, and in its table app.
 _FLOWER_TABLES = {"federations"}
+_FLOWER_APP_KEYS = {
+    *("publisher", "components", "display-name", "color"),
+    *("fab-include", "fab-exclude", "fab-format-version", "flwr-version-target"),
+}
 
-Count = Annotated[int, Field(ge=1)]
+
+def _absolute(path: str) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # ~somebody, who is not known here
+        raise ValueError(f"is no path: {error}") from None
+
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Seconds = Annotated[float, Field(gt=0, le=3600)]
 NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-AbsolutePath = Annotated[str, AfterValidator(lambda p: str(Path(p).expanduser().absolute()))]
+AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 
 
 class _Table(BaseModel):
@@ -56,12 +69,12 @@ class AppConfig(_Table):
     data_root: AbsolutePath = "data"
     partition: str = "user"
     use_watches: bool = True
-    sample_rate_hz: Annotated[int, Field(ge=5)] = 50
-    window_seconds: Positive = 2.0
-    window_stride_seconds: Positive = 1.0
+    sample_rate_hz: Annotated[int, Field(ge=5, le=10_000)] = 50
+    window_seconds: Seconds = 2.0
+    window_stride_seconds: Seconds = 1.0
     num_classes: Annotated[int, Field(ge=2)] = 6
     model: str = "cnn1d"
-    seed: Annotated[int, Field(ge=0)] = 42
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 42
     output_dir: AbsolutePath = "results"
     overrides: str = ""
 
@@ -71,7 +84,7 @@ class Hierarchy(_Table):
 
     num_servers: Count = 3
     clients_per_server: Annotated[
-        tuple[Annotated[StrictInt, Field(ge=1)], ...], Field(strict=False)
+        tuple[Annotated[StrictInt, Field(ge=1, le=10_000_000)], ...], Field(strict=False)
     ] = (3, 3, 3)
     global_rounds: Count = 100
     server_rounds_per_global: Count = 1
@@ -80,7 +93,7 @@ class Hierarchy(_Table):
     server_lr: Positive = 1.0
     global_lr: Positive = 1.0
     local_epochs: Count = 5
-    batch_size: Annotated[int, Field(ge=2)] = 32
+    batch_size: Annotated[int, Field(ge=2, le=2**31 - 1)] = 32
     eval_batch_size: Count = 64
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 0.0001
@@ -148,14 +161,13 @@ class CloudCluster(_Table):
 class Runtime(_Table):
     """``[tool.flwr.runtime]``: how the work is carried out; never changes a result's meaning."""
 
-    threads_per_client: Count = 1
+    threads_per_client: Annotated[int, Field(ge=1, le=1024)] = 1
     node_timeout_s: Positive = 120.0
 
 
-class _AppTable(BaseModel):
-    """``[tool.flwr.app]``; what stands beside ``config`` there is Flower's."""
+class _AppTable(_Table):
+    """``[tool.flwr.app]``; what else stands there is Flower's, and left out before."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
     config: AppConfig = Field(default_factory=AppConfig)
 
 
@@ -187,6 +199,8 @@ class Settings(_Table):
             For the first wrong setting: table, key, value and what is allowed.
         """
         known = {name: table for name, table in tables.items() if name not in _FLOWER_TABLES}
+        if isinstance(app := known.get("app"), Mapping):
+            known["app"] = {k: v for k, v in app.items() if k not in _FLOWER_APP_KEYS}
         try:
             return cls.model_validate(known)
         except ValidationError as error:
@@ -194,7 +208,7 @@ class Settings(_Table):
 
     def with_data_root(self, path: str) -> Self:
         """Return the settings with the data somewhere else: a node's own folder."""
-        config = self.app.config.model_copy(update={"data_root": str(Path(path).absolute())})
+        config = self.app.config.model_copy(update={"data_root": _absolute(path)})
         return self.model_copy(update={"app": self.app.model_copy(update={"config": config})})
 
     def to_json(self) -> str:
@@ -213,6 +227,7 @@ def load_settings(
     *,
     app_config: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
+    output_dir: Path | None = None,
     seed: str | None = None,
 ) -> Settings:
     """Read the settings of a run from a file and what overrides it.
@@ -227,6 +242,8 @@ def load_settings(
     assignments : iterable of str
         ``table.key=value`` pairs, later ones winning; the key ``overrides`` of the table
         ``app.config`` holds more of them, which are applied first.
+    output_dir : Path, optional
+        Overrides ``app.config.output-dir``.
     seed : str, optional
         The value of the environment variable ``SEED``; overrides ``app.config.seed``.
 
@@ -242,9 +259,14 @@ def load_settings(
         config.update(app_config)
     for assignment in (*split_overrides(config.get("overrides", "")), *assignments):
         _assign(tables, assignment)
+    if output_dir is not None:
+        config["output-dir"] = str(output_dir)
     if seed is not None:
-        if not re.fullmatch(r"\d+", seed.strip()):
-            raise ConfigError(f'SEED = "{seed}": the environment variable must be an integer >= 0')
+        if not re.fullmatch(r"\d{1,18}", seed.strip()):
+            raise ConfigError(
+                f'SEED = "{seed}": the environment variable must be an integer from 0, '
+                "of at most 18 digits"
+            )
         config["seed"] = int(seed)
     return Settings.from_tables(tables)
 
@@ -268,7 +290,8 @@ def _read_tables(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: cannot read the configuration ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not a TOML file: {error}") from None
-    tables = document.get("tool", {}).get("flwr")
+    tool = document.get("tool")
+    tables = tool.get("flwr") if isinstance(tool, dict) else None
     if not isinstance(tables, dict):
         raise ConfigError(f"{file}: has no [tool.flwr.*] tables, such as [tool.flwr.hierarchy]")
     return tables
@@ -278,10 +301,14 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
     """Carry out one ``table.key=value`` on the tables, in place."""
     path, equals, text = assignment.partition("=")
     table, _, key = path.strip().rpartition(".")
-    if not equals or not table or not key:
+    if not equals or not all(path.strip().split(".")) or not table:
         raise ConfigError(
             f"{assignment!r}: an override has the form table.key=value, "
             "for example hierarchy.global_rounds=5"
+        )
+    if path.strip() == "app.config.overrides":
+        raise ConfigError(
+            f"{assignment!r}: an override cannot hold overrides; give them one by one"
         )
     _table(tables, table)[key] = _value(text.strip())
 
@@ -298,9 +325,10 @@ def _table(tables: dict[str, Any], path: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """Read a TOML value; a word that is none, such as uci-har, is taken as text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        document = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return document["value"] if len(document) == 1 else text  # a second line, or table
 
 
 def _config_error(error: ValidationError) -> ConfigError:
@@ -318,10 +346,12 @@ def _config_error(error: ValidationError) -> ConfigError:
         if not path:
             return ConfigError(f"[{key}]: unknown table; {suggest(key, known)}")
         return ConfigError.at(table, key, first["input"], f"unknown key; {suggest(key, known)}")
-    allowed = {"tuple_type": "must be a list of integers", "literal_error": "must be {expected}"}
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    message = allowed.get(first["type"], message).format(**first.get("ctx", {}))
-    return ConfigError.at(table, key, first["input"], message.replace("False", "false"))
+    if first["type"] == "tuple_type":
+        message = "must be a list of integers"
+    elif key == "scaffold_enabled":
+        message = "must be false: SCAFFOLD is not part of this version"
+    return ConfigError.at(table, key, first["input"], message)
 
 
 def _keys_of(path: list[str]) -> list[str]:

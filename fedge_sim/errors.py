@@ -46,7 +46,7 @@ class RoundError(FedgeError):
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ``"; did you mean 'x'?"`` for the closest known word, else the list of all."""
+    """Return ``"did you mean 'x'?"`` for the closest known word, else the list of all."""
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"

@@ -26,20 +26,15 @@ class ClientWork:
 
     Attributes
     ----------
-    num_examples : int
-        Training windows.
     loss : float
         Mean training loss of the last epoch, of the last server round.
-    steps : int
     seconds : float
         Of computation.
     bytes_up, bytes_down : int
         Of model that the client sent and received for training.
     """
 
-    num_examples: int = 0
     loss: float = float("nan")
-    steps: int = 0
     seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
@@ -65,6 +60,8 @@ class LeafServer(Strategy):
     ----------
     model : Arrays
         Its own latest model.
+    num_examples : int
+        Training windows behind it.
     work : dict of int to ClientWork
         What each client did in this global round.
     evaluations : dict of str to dict of int to dict of str to Evaluation
@@ -77,6 +74,7 @@ class LeafServer(Strategy):
     settings: Settings
     trainable: Set[str]
     model: Arrays = field(default_factory=dict)
+    num_examples: int = 0
     work: dict[int, ClientWork] = field(default_factory=dict)
     evaluations: dict[str, dict[int, dict[str, Evaluation]]] = field(default_factory=dict)
     _start: ArrayRecord = field(default_factory=ArrayRecord)
@@ -93,8 +91,9 @@ class LeafServer(Strategy):
         bool
             Whether the cloud's model was taken.
         """
-        acc_old = self.pooled(records.LEAF).accuracy
-        acc_new = self.pooled(records.CLOUD).accuracy
+        both = [self.evaluations.get(purpose, {}) for purpose in (records.LEAF, records.CLOUD)]
+        same = both[0].keys() & both[1].keys()  # clients that answered for both models
+        acc_old, acc_new = (pool(e[c]["test"] for c in sorted(same)).accuracy for e in both)
         # Not a number, and so not rejected, where there is nothing to compare.
         rejected = acc_new < acc_old + self.settings.hierarchy.cluster_better_delta
         if not rejected:
@@ -102,11 +101,6 @@ class LeafServer(Strategy):
         self.work = {}
         self.evaluations = {}
         return not rejected
-
-    @property
-    def num_examples(self) -> int:
-        """Training windows behind the own latest model."""
-        return sum(work.num_examples for work in self.work.values())
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -143,8 +137,7 @@ class LeafServer(Strategy):
             weights.append(metrics[records.NUM_EXAMPLES])
             losses.append(metrics[records.LOSS])
             done = self.work.setdefault(client, ClientWork())
-            done.num_examples, done.loss = weights[-1], losses[-1]
-            done.steps += metrics[records.STEPS]
+            done.loss = losses[-1]
             done.seconds += metrics[records.SECONDS]
             done.bytes_up += arrays.count_bytes()
             done.bytes_down += self._start.count_bytes()
@@ -152,10 +145,13 @@ class LeafServer(Strategy):
             raise RoundError(
                 f"leaf server {self.index}: no client sent a usable update in round {server_round}"
             )
-        self.model = weighted_mean(updates, weights)
-        if (lr := self.settings.hierarchy.server_lr) != 1.0:
-            start = records.to_arrays(self._start)
-            self.model = step_towards(start, self.model, lr, self.trainable)
+        self.num_examples = sum(weights)
+        self.model = step_towards(
+            records.to_arrays(self._start),
+            weighted_mean(updates, weights),
+            self.settings.hierarchy.server_lr,
+            self.trainable,
+        )
         mean_loss = float(np.average(losses, weights=weights))
         return records.to_record(self.model), MetricRecord({records.LOSS: mean_loss})
 

@@ -118,7 +118,8 @@ class Orchestrator:
         lr = h.learning_rate(global_round)
         accepted = [leaf.begin(state.model_for(leaf.index)) for leaf in leaves]
         for server_round in range(1, h.server_rounds_per_global + 1):
-            self._train(leaves, state.global_round * h.server_rounds_per_global + server_round, lr)
+            flat_round = state.global_round * h.server_rounds_per_global + server_round
+            self._train(leaves, data, flat_round, lr)
         state = cloud.step(
             state,
             [leaf.model for leaf in leaves],
@@ -142,7 +143,9 @@ class Orchestrator:
         )
         return state, record
 
-    def _train(self, leaves: Sequence[LeafServer], flat_round: int, lr: float) -> None:
+    def _train(
+        self, leaves: Sequence[LeafServer], data: DataSummary, flat_round: int, lr: float
+    ) -> None:
         """Do one server round at all leaves: one barrier, so that no core waits for a leaf."""
         config = records.train_config(self.settings, lr)
         messages = [
@@ -152,6 +155,8 @@ class Orchestrator:
                 flat_round, records.to_record(leaf.model), config, self.grid
             )
         ]
+        # Most work first, so that no core is left waiting for a large client that began last.
+        messages.sort(key=lambda m: -data.num_train[records.config_of(m)[records.CLIENT_ID]])
         replies = self._exchange(messages)
         for leaf in leaves:
             leaf.aggregate_train(flat_round, replies.get((records.TRAIN, leaf.index), []))
@@ -186,7 +191,7 @@ class Orchestrator:
             for purpose, _ in plans:
                 leaf.aggregate_evaluate(state.global_round, replies.get((purpose, leaf.index), []))
             if one_cluster:
-                leaf.evaluations[records.GLOBAL] = leaf.evaluations[records.CLOUD]
+                leaf.evaluations[records.GLOBAL] = leaf.evaluations.get(records.CLOUD, {})
 
     def _exchange(self, messages: "Sequence[Message]") -> "dict[tuple[str, int], list[Message]]":
         """Send messages, wait for the replies, and sort them by purpose and leaf."""
@@ -214,7 +219,7 @@ def _client_round(leaf: LeafServer, client: int, data: DataSummary) -> ClientRou
     work = leaf.work.get(client, ClientWork())
 
     def test(purpose: str) -> Evaluation:
-        splits = leaf.evaluations[purpose].get(client)
+        splits = leaf.evaluations.get(purpose, {}).get(client)
         return splits["test"] if splits else pool([])
 
     return ClientRound(
@@ -253,11 +258,10 @@ def main(
 
     The environment variable SEED overrides the seed.
     """
-    overrides = list(assignments or [])
-    if output_dir is not None:
-        overrides.append(f"app.config.output-dir={output_dir}")
     try:
-        settings = load_settings(config, assignments=overrides, seed=environment_seed())
+        settings = load_settings(
+            config, assignments=assignments or [], output_dir=output_dir, seed=environment_seed()
+        )
         console = Console()
         start_logging(console)
         run_in_process(settings, standard_callbacks(console))

@@ -27,10 +27,11 @@ TRAIN, LEAF, CLOUD, GLOBAL = "train", "leaf", "cloud", "global"
 # Names of the records in a message.
 ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
 # Keys of its config and metrics.
-SETTINGS, CLIENT_ID, ROUND, LR, PROX_MU = "settings", "client-id", "round", "lr", "prox-mu"
+SETTINGS, CLIENT_ID, ROUND, LR = "settings", "client-id", "round", "lr"
 PURPOSE, SPLITS = "purpose", "splits"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
-STEPS, SECONDS = "steps", "seconds"
+SECONDS = "seconds"
+_PREFIX = {"test": "", "train": "train-"}  # of an evaluation's metrics, by split
 # The two questions of the roster, and what a node answers.
 ASK_CLIENTS, ASK_DATA = MessageType.QUERY, f"{MessageType.QUERY}.data"
 CLIENT_IDS, NUM_NODES, SERVES_ANY, ERROR = "client-ids", "num-nodes", "serves-any", "error"
@@ -107,7 +108,7 @@ def arrays_of(message: Message) -> ArrayRecord:
 
 def train_config(settings: Settings, lr: float) -> ConfigRecord:
     """Return what all clients are told for a round of training."""
-    return ConfigRecord({SETTINGS: settings.to_json(), LR: lr, PROX_MU: settings.hierarchy.prox_mu})
+    return ConfigRecord({SETTINGS: settings.to_json(), LR: lr})
 
 
 def evaluate_config(settings: Settings, purpose: str, splits: Sequence[str]) -> ConfigRecord:
@@ -130,7 +131,7 @@ def reply(
 
 def put_evaluation(metrics: MetricRecord, split: str, result: Evaluation) -> None:
     """Add an evaluation on one split (``"train"`` or ``"test"``) to a record."""
-    prefix = "" if split == "test" else f"{split}-"
+    prefix = _PREFIX[split]
     metrics[prefix + NUM_EXAMPLES] = result.num_examples
     metrics[prefix + LOSS] = result.loss
     metrics[prefix + ACCURACY] = result.accuracy
@@ -139,7 +140,7 @@ def put_evaluation(metrics: MetricRecord, split: str, result: Evaluation) -> Non
 def get_evaluations(message: Message) -> dict[str, Evaluation]:
     """Return the evaluations in a reply, by split."""
     metrics, found = metrics_of(message), {}
-    for split, prefix in (("test", ""), ("train", "train-")):
+    for split, prefix in _PREFIX.items():
         if prefix + ACCURACY in metrics:
             found[split] = Evaluation(
                 loss=metrics[prefix + LOSS],

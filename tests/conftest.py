@@ -56,6 +56,16 @@ def run(
         return Orchestrator(settings, grid, callbacks).run()
 
 
+class Keep(Callback):
+    """Keeps the record of every round."""
+
+    def __init__(self) -> None:
+        self.records = []
+
+    def on_round_end(self, record) -> None:
+        self.records.append(record)
+
+
 def command_line(*args: str) -> list[str]:
     """Return the command that a user types, for subprocess."""
     return [sys.executable, "-m", "fedge_sim.orchestrator", *args]

@@ -33,7 +33,7 @@ def test_weighted_mean_refuses(models, weights):
         weighted_mean(models, weights)
 
 
-VALUES = arrays(np.float32, (6, 4), elements=st.floats(-100, 100, width=32))
+VALUES = arrays(np.float32, (6, 4), elements=st.floats(-1, 1, width=32))
 WEIGHTS = st.lists(st.integers(1, 5000), min_size=6, max_size=6)
 
 
@@ -44,7 +44,7 @@ def test_two_levels_equal_one(values, weights, cut):
     leaves = [weighted_mean(m, w) for m, w in parts]
     two = weighted_mean(leaves, [sum(w) for _, w in parts])
     one = weighted_mean(models, weights)
-    np.testing.assert_allclose(two["w"], one["w"], rtol=1e-6, atol=1e-5)
+    np.testing.assert_allclose(two["w"], one["w"], rtol=0, atol=1e-6)
 
 
 def test_server_learning_rate_moves_only_trainable_arrays():
@@ -71,7 +71,7 @@ def replies_to(leaf: LeafServer, models: list[np.ndarray], examples: list[int]) 
     assert [records.config_of(m)[records.CLIENT_ID] for m in messages] == [0, 1, 2]
     replies = []
     for message, model, n in zip(messages, models, examples, strict=True):
-        metrics = {"num-examples": n, "loss": 1.0 * n, "steps": 1, "seconds": 0.5}
+        metrics = {"num-examples": n, "loss": 1.0 * n, "seconds": 0.5}
         replies.append(
             records.reply(
                 message,

@@ -1,4 +1,5 @@
 import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -136,7 +137,8 @@ WRONG = {
     "hierarchy.global_rounds=many": '[hierarchy] global_rounds = "many": must be a valid integer',
     "hierarchy.lr_init=true": "[hierarchy] lr_init = true: must be a valid number",
     "hierarchy.global_rounds=0": "[hierarchy] global_rounds = 0: must be greater than or equal to 1",
-    "hierarchy.scaffold_enabled=true": "[hierarchy] scaffold_enabled = true: must be false",
+    "hierarchy.scaffold_enabled=true": "[hierarchy] scaffold_enabled = true: must be false: "
+    "SCAFFOLD is not part of this version",
     "hierarchy.num_servers=2": "[hierarchy] clients_per_server = [3, 3, 3]: must have one entry for "
     "each of the 2 leaf servers (num_servers), has 3",
     "hierarchy.clients_per_server=[3, 0, 3]": "[hierarchy] clients_per_server[1] = 0: must be "
@@ -146,6 +148,19 @@ WRONG = {
     "cloud_cluster.tau=nan": "[cloud_cluster] tau = nan: must be a finite number",
     "cloud_cluster.tau=high": '[cloud_cluster] tau = "high": must be a valid number',
     "cloud_cluster.method=magic": "[cloud_cluster] method = \"magic\": must be 'cosine_similarity'",
+    "app.confg.seed=3": "[app] confg = {'seed': 3}: unknown key; did you mean 'config'?",
+    "app.config.window-seconds=1e308": "[app.config] window-seconds = 1e+308: must be less than or "
+    "equal to 3600",
+    "app.config.output-dir=~nobody-here/x": '[app.config] output-dir = "~nobody-here/x": is no path: '
+    "Could not determine home directory.",
+    "hierarchy.batch_size=100000000000000000000": "[hierarchy] batch_size = 100000000000000000000: "
+    "must be less than or equal to 2147483647",
+    "hierarchy.global_rounds=5\nhierarchy.local_epochs=2": "[hierarchy] global_rounds = "
+    '"5\nhierarchy.local_epochs=2": must be a valid integer',
+    "hierarchy..x=1": "'hierarchy..x=1': an override has the form table.key=value, "
+    "for example hierarchy.global_rounds=5",
+    'app.config.overrides="cloud_cluster.tau=1"': "'app.config.overrides=\"cloud_cluster.tau=1\"': "
+    "an override cannot hold overrides; give them one by one",
     "tau=1": "'tau=1': an override has the form table.key=value, "
     "for example hierarchy.global_rounds=5",
     "hierarchy.prox_mu.x=1": "[hierarchy.prox_mu]: must be a table, but prox_mu = 0.001 is a value",
@@ -166,6 +181,7 @@ def test_wrong_settings(assignment, message):
         (None, "cannot read the configuration"),
         ("a = = 1", "not a TOML file"),
         ("[project]\nname = 'x'", "has no [tool.flwr.*] tables"),
+        ("tool = 3", "has no [tool.flwr.*] tables"),
         ("[tool.flwr]\napp = 3", "[app.config]: must be a table, but app = 3 is a value"),
         ("[tool.flwr]\nhierarchy = 3", "[hierarchy]: must be a table, but it is 3"),
     ],
@@ -180,8 +196,14 @@ def test_wrong_files(tmp_path, content, message):
 
 
 def test_seed_must_be_a_number():
-    with pytest.raises(ConfigError, match='SEED = "x"'):
-        load_settings(seed="x")
+    for wrong in ("x", "-1", "1.5", "9" * 5000):
+        with pytest.raises(ConfigError, match=r"^SEED = "):
+            load_settings(seed=wrong)
+
+
+def test_an_output_folder_may_have_any_name():
+    for name in ("2026-11-20", "5", "true"):
+        assert load_settings(output_dir=Path(name)).data.output_dir.endswith(f"/{name}")
 
 
 @pytest.mark.parametrize(
@@ -195,6 +217,8 @@ def test_seed_must_be_a_number():
             'data-root = "/nowhere": dataset "uci-har" needs the file uci_har_21_subjects.npz',
         ),
         (["hierarchy.clients_per_server=[4, 3, 3]"], "asks for 10 clients"),
+        (["app.config.window-seconds=70"], "last at most 60 s"),
+        (["app.config.window-seconds=0.001"], "at least 2 samples"),
     ],
 )
 def test_settings_that_do_not_fit_the_data(assignments, message):

@@ -50,7 +50,7 @@ def test_every_window_has_one_owner(users, clients_per_server):
     assert sorted(np.concatenate(rows)) == list(range(users * 5))
 
 
-@given(st.integers(4, 300), st.integers(0, 99))
+@given(st.integers(3, 300), st.integers(0, 99))
 def test_split_holds_out_a_fifth(n, seed):
     rows = np.arange(n) * 3
     client = split(rows, seed, 0)
@@ -62,11 +62,17 @@ def test_split_holds_out_a_fifth(n, seed):
 
 
 def test_too_few_windows_for_a_batch_of_batchnorm(monkeypatch, small):
-    with pytest.raises(DataError, match="client 4 has 2 windows; it needs at least 2 for training"):
-        split(np.arange(2), 42, 4)
     monkeypatch.setitem(fedge_sim.data.DATASETS, "tiny", lambda _: dataset(9, 2))
-    with pytest.raises(DataError, match="client 0 has 2 windows"):
+    problem = (
+        r"\[hierarchy\] clients_per_server = \[3, 3, 3\]: client 0 gets 2 windows; allowed: at"
+    )
+    with pytest.raises(ConfigError, match=problem):
+        federate(small("app.config.dataset=tiny"))
+    with pytest.raises(DataError, match=problem) as caught:  # and through a node's answer
         run(small("app.config.dataset=tiny"))
+    assert caught.value.exit_code == 2
+    monkeypatch.setitem(fedge_sim.data.DATASETS, "tiny", lambda _: dataset(9, 3))
+    assert np.isfinite(run(small("app.config.dataset=tiny"), []).last.central_test.loss)
 
 
 def test_statistics_come_from_training_windows():
@@ -106,12 +112,48 @@ def test_uci_har_is_read_from_folder_or_file(shared):
         assert data.classes[0] == "WALKING"
 
 
-def test_not_the_archive_of_uci_har(tmp_path):
+GOOD = {
+    "X": np.zeros((4, 6, 8)),
+    "y": np.array([0, 1, 1, 0]),
+    "subject": np.array([2, 2, 10, 10]),
+    "classes": np.array(["a", "b"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        ({"X": np.zeros((4, 6))}, "windows must be (windows, channels, samples)"),
+        ({"X": np.full((4, 6, 8), np.nan)}, "NaN or infinity"),
+        ({"X": np.full((4, 6, 8), "x")}, "not the archive"),
+        ({"y": np.zeros(3)}, "4 windows, but labels (3,)"),
+        ({"y": np.array([0, 1, 2, 0])}, "labels must be from 0 to 1"),
+        ({}, None),
+    ],
+)
+def test_what_an_archive_must_hold(tmp_path, damage, problem):
     file = tmp_path / "x.npz"
-    np.savez(file, X=np.zeros(3))
-    settings = load_settings(assignments=[f"app.config.data-root={file}"])
+    np.savez(file, **GOOD | damage)
+    config = load_settings(assignments=[f"app.config.data-root={file}"]).data
+    if problem is None:
+        assert uci_har.load(config).users == ("10", "2")
+        return
+    with pytest.raises(DataError) as caught:
+        uci_har.load(config)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04" + bytes(100), "array"])
+def test_files_that_are_no_archive(tmp_path, content):
+    file = tmp_path / "x.npz"
+    if content == "array":
+        with file.open("wb") as stream:
+            np.save(stream, np.zeros(3))
+    else:
+        file.write_bytes(content)
+    config = load_settings(assignments=[f"app.config.data-root={file}"]).data
     with pytest.raises(DataError, match="not the archive"):
-        uci_har.load(settings.data)
+        uci_har.load(config)
 
 
 def test_one_copy_is_kept(small):

@@ -19,10 +19,9 @@ from tests.conftest import ROOT, SMALL, run
 TIME_COLUMNS = {"total_comp_time_sec", "comp_time_sec", "round_time_sec"}
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+def two_free_ports() -> list[str]:
+    with socket.create_server(("127.0.0.1", 0)) as a, socket.create_server(("127.0.0.1", 0)) as b:
+        return [str(s.getsockname()[1]) for s in (a, b)]
 
 
 class Flower:
@@ -30,12 +29,13 @@ class Flower:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        http, control = two_free_ports()
         self.environment = {
             **{k: v for k, v in os.environ.items() if k != "SEED"},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "FLWR_HOME": str(home),
-            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
-            "FLWR_LOCAL_CONTROL_API_PORT": free_port(),
+            "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": http,
+            "FLWR_LOCAL_CONTROL_API_PORT": control,
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
         }
@@ -109,10 +109,10 @@ def table(file: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize("nodes", [None, 9, 12])
 def test_flwr_run_equals_the_run_in_this_process(flower, small, tmp_path, nodes):
     """With Flower's default of 2 SuperNodes, with as many as clients, and with more."""
-    before = git_status()
+    before = git_status(), (ROOT / "pyproject.toml").read_bytes()
     status, log = flower.run(" ".join(SMALL), tmp_path / "flower", nodes)
     assert status == "finished:completed", log
-    assert git_status() == before
+    assert (git_status(), (ROOT / "pyproject.toml").read_bytes()) == before
     (theirs,) = (tmp_path / "flower").iterdir()
     assert f"results: {theirs}" in log
     assert f"9 clients on {min(nodes or 2, 9)} nodes" in log
@@ -124,15 +124,18 @@ def test_flwr_run_equals_the_run_in_this_process(flower, small, tmp_path, nodes)
         a, b = (load_file(folder / "models" / name) for folder in (ours, theirs))
         assert max(np.abs(a[key] - b[key]).max() for key in a) <= 1e-6
 
-    metrics = Path("metrics") / "seed_42"
-    for file in (ours / metrics).glob("*.csv"):
-        for a, b in zip(table(file), table(theirs / metrics / file.name), strict=True):
-            assert a.keys() == b.keys()
-            for column in a.keys() - TIME_COLUMNS:
-                assert float(a[column]) == pytest.approx(float(b[column]), abs=1e-6, nan_ok=True)
-    for name in ("cluster_history.json",):
-        a, b = (json.loads((folder / metrics / name).read_text()) for folder in (ours, theirs))
-        assert [entry["labels"] for entry in a] == [entry["labels"] for entry in b]
+    files = {f.relative_to(ours) for f in ours.rglob("*") if f.is_file()}
+    assert files == {f.relative_to(theirs) for f in theirs.rglob("*") if f.is_file()}
+    for name in files:
+        if name.suffix == ".csv":
+            for a, b in zip(table(ours / name), table(theirs / name), strict=True):
+                assert a.keys() == b.keys()
+                for column in a.keys() - TIME_COLUMNS:
+                    same = pytest.approx(float(b[column]), abs=1e-6, nan_ok=True)
+                    assert float(a[column]) == same, (name, column)
+    history = Path("metrics") / "seed_42" / "cluster_history.json"
+    a, b = (json.loads((folder / history).read_text()) for folder in (ours, theirs))
+    assert [entry["clusters"] for entry in a] == [entry["clusters"] for entry in b]
 
 
 def test_a_wrong_setting_fails_the_run_and_names_itself(flower, tmp_path):

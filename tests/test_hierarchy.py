@@ -1,22 +1,25 @@
 """What must hold of whole runs: invariants of the hierarchy, on real messages."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord, Message, MetricRecord
 from flwr.serverapp.strategy import FedAvg
 
-from fedge_sim import records
+from fedge_sim import cloud, records
 from fedge_sim.client_app import app as client_app
 from fedge_sim.data import federated_data
 from fedge_sim.errors import RoundError
-from fedge_sim.models import build_model, initialise
+from fedge_sim.models import MODELS, build_model, initialise
 from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.randomness import stream, torch_generator
 from fedge_sim.reporting.base import Callback
+from fedge_sim.reporting.tables import TableWriter
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.training import local
-from tests.conftest import run
+from tests.conftest import Keep, run
 
 ONE_LEAF = ("hierarchy.num_servers=1", "hierarchy.clients_per_server=[9]")
 BYTES = {"rtol": 0, "atol": 0}
@@ -24,6 +27,11 @@ BYTES = {"rtol": 0, "atol": 0}
 
 def final_models(settings, **kwargs):
     return run(settings, [], **kwargs).last.cloud
+
+
+def hashes(state):
+    models = (state.global_model, *state.cluster_models)
+    return [{name: array.tobytes() for name, array in model.items()} for model in models]
 
 
 def assert_equal(a, b, **tolerance):
@@ -34,7 +42,7 @@ def assert_equal(a, b, **tolerance):
 
 def test_same_seed_same_bytes_whatever_the_number_of_workers(small):
     one, two = final_models(small(), workers=1), final_models(small(), workers=3)
-    assert_equal(one.global_model, two.global_model)
+    assert hashes(one) == hashes(two)
     other = final_models(small("app.config.seed=43"))
     assert not np.array_equal(one.global_model["head.weight"], other.global_model["head.weight"])
 
@@ -50,13 +58,18 @@ def test_tau_0_is_plain_hierarchy(small):
 
 
 def test_a_tau_above_1_leaves_every_server_alone(small):
-    settings = small("cloud_cluster.tau=1.1")
-    state = final_models(settings)
-    assert state.labels == (0, 1, 2)
-    for leaf in range(3):  # the same as a run in which the others' models never arrive
-        assert not np.array_equal(
-            state.model_for(leaf)["head.weight"], state.global_model["head.weight"]
-        )
+    keep = Keep()
+    run(small("cloud_cluster.tau=1.1"), [keep])
+    for record in keep.records:
+        assert record.cloud.labels == (0, 1, 2)
+        # what the cloud hands back is the leaf's own model
+        assert [leaf.leaf_test for leaf in record.leaves] == [x.cloud_test for x in record.leaves]
+    # and leaf 0 ends as it would with no other leaf in the world
+    alone = small("hierarchy.num_servers=1", "hierarchy.clients_per_server=[3]")
+    data = federated_data(small())
+    with mock.patch("fedge_sim.client_app.federated_data", return_value=data):
+        expected = final_models(alone).global_model
+    assert_equal(keep.records[-1].cloud.model_for(0), expected)
 
 
 def test_one_leaf_is_flat_fedavg(small):
@@ -101,7 +114,7 @@ def test_two_levels_equal_one_level(small):
     )
 
 
-def test_prox_mu_0_is_fedavg_and_a_large_one_holds_clients_back(small):
+def test_prox_mu_reaches_the_clients(small):
     def travelled(mu):
         settings = small(f"hierarchy.prox_mu={mu}", "hierarchy.global_rounds=1")
         data = federated_data(settings)
@@ -110,7 +123,6 @@ def test_prox_mu_0_is_fedavg_and_a_large_one_holds_clients_back(small):
         start = records.model_arrays(model)["head.weight"]
         return np.linalg.norm(final_models(settings).global_model["head.weight"] - start)
 
-    # That mu = 0 adds nothing to a step is in test_training; here that the setting arrives.
     assert travelled(0.0) > 1.1 * travelled(5.0)
 
 
@@ -126,7 +138,7 @@ def test_uneven_topology_of_many_servers(small):
     assert all(c.num_train > 0 and c.leaf_test.num_examples > 0 for c in last.clients)
 
 
-@pytest.mark.parametrize("model", ["cnn1d", "mlp"])
+@pytest.mark.parametrize("model", MODELS)
 def test_every_model_learns(small, model):
     longer = ("hierarchy.global_rounds=4", "hierarchy.local_epochs=5")
     last = run(small(f"app.config.model={model}", *longer), []).last
@@ -145,16 +157,48 @@ def test_server_and_global_rates_are_used(small):
 
 
 class Failing:
-    """The real ClientApp, but some clients raise."""
+    """The real ClientApp, but some clients raise when they train, or when they evaluate."""
 
-    def __init__(self, *clients):
-        self.clients = clients
+    def __init__(self, *clients, kind="train", from_round=1):
+        self.clients, self.kind, self.from_round = clients, kind, from_round
 
     def __call__(self, message: Message, context) -> Message:
         config = records.config_of(message)
-        if config.get(records.CLIENT_ID) in self.clients and records.ROUND in config:
+        if (
+            config.get(records.CLIENT_ID) in self.clients
+            and message.metadata.message_type == self.kind
+            and config.get(records.ROUND, self.from_round) >= self.from_round
+        ):
             raise RuntimeError("the battery is empty")
         return client_app(message, context)
+
+
+def test_clients_that_cannot_evaluate_do_not_count(small):
+    settings = small()
+    with InProcessGrid(Failing(0, 3, 4, 5, kind="evaluate"), 2) as grid:
+        last = Orchestrator(settings, grid, [TableWriter()]).run().last
+    answered = [c for c in last.clients if c.client not in (0, 3, 4, 5)]
+    assert [c.client for c in last.clients if c.cloud_test.num_examples] == [1, 2, 6, 7, 8]
+    expected = np.mean([c.cloud_test.accuracy for c in answered])
+    assert last.mean_client_accuracy == pytest.approx(expected)
+    assert np.isfinite(last.mean_leaf_accuracy)
+    assert last.leaves[1].gate_accepted  # nothing to compare
+
+
+def test_a_leaf_weighs_by_the_clients_of_its_last_round(small):
+    settings = small("hierarchy.server_rounds_per_global=2", "hierarchy.global_rounds=1")
+    weights = []
+    real = cloud.step
+
+    def spy(state, models, examples, *args, **kwargs):
+        weights.append(examples)
+        return real(state, models, examples, *args, **kwargs)
+
+    app = Failing(0, from_round=2)
+    with mock.patch("fedge_sim.cloud.step", spy), InProcessGrid(app, 2) as grid:
+        last = Orchestrator(settings, grid, []).run().last
+    sizes = [c.num_train for c in last.clients]
+    assert weights == [[sum(sizes[1:3]), sum(sizes[3:6]), sum(sizes[6:])]]
 
 
 def test_a_failing_client_is_left_out_by_name(small, caplog):

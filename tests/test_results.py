@@ -15,11 +15,10 @@ from safetensors.numpy import load_file
 
 from fedge_sim.data import federated_data
 from fedge_sim.errors import ConfigError
-from fedge_sim.reporting.base import Callback
 from fedge_sim.reporting.tables import TableWriter, centralized_row, distributed_row
 from fedge_sim.reporting.weights import WeightWriter
 from fedge_sim.training.local import evaluate
-from tests.conftest import ROOT, SMALL, clean_environment, command_line, run
+from tests.conftest import ROOT, SMALL, Keep, clean_environment, command_line, run
 
 COLUMNS = {
     "distributed_metrics.csv": "round avg_accuracy avg_loss accuracy_std loss_std acc_ci95_lo "
@@ -36,14 +35,6 @@ COLUMNS = {
 def rows(file):
     with file.open(newline="") as stream:
         return list(csv.DictReader(stream))
-
-
-class Keep(Callback):
-    def __init__(self):
-        self.records = []
-
-    def on_round_end(self, record):
-        self.records.append(record)
 
 
 @pytest.fixture

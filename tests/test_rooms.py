@@ -36,12 +36,36 @@ def test_only_some_rooms_know_flower_and_none_knows_ray():
     assert not {room for room, names in rooms.items() if "ray" in names}
 
 
-def test_pure_rooms_import_nothing_above_them():
-    ground = {"__init__", "errors", "randomness", "config"}
-    for room in ("algorithms", "training", "models", "data"):
-        for file in (PACKAGE / room).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
-                    "fedge_sim."
-                ):
-                    assert node.module.split(".")[1] in ground | {room}, file
+# From the ground up; what stands on one line stands on one floor.
+FLOORS = [
+    {"errors"},
+    {"config", "randomness"},
+    {"algorithms", "models", "training", "data"},
+    {"cloud", "records"},
+    {"reporting", "runtime", "client_app", "leaf"},
+    {"orchestrator"},
+    {"server_app"},
+]
+
+
+def own_imports(file):
+    """Return the rooms of this package that a module imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "fedge_sim":
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fedge_sim."):
+            yield node.module.split(".")[1]
+        elif isinstance(node, ast.Import):
+            parts = (alias.name.split(".") for alias in node.names)
+            yield from (p[1] for p in parts if p[0] == "fedge_sim" and len(p) > 1)
+
+
+def test_a_room_imports_only_from_its_own_floor_or_below():
+    floor = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+    seen = set()
+    for file in PACKAGE.rglob("*.py"):
+        room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for other in own_imports(file):
+            seen.add(other)
+            assert floor[other] <= floor[room], f"{file}: {room} imports {other}"
+    assert seen == floor.keys() - {"server_app"}

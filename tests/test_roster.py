@@ -25,6 +25,7 @@ def test_what_nodes_say():
     assert answer({"partition-id": 4})["client-ids"] == [4]
     assert answer({"client-ids": "0, 3 6"})["client-ids"] == [0, 3, 6]
     assert not answer({"client-ids": "0"})["serves-any"]
+    assert not answer({"client-ids": ""})["serves-any"]
     assert answer({"client-ids": 5, "num-partitions": 9})["client-ids"] == [5]
 
 
@@ -52,6 +53,17 @@ def test_a_client_that_no_node_serves_is_named():
         pytest.raises(RosterError, match=r"no node serves client 1, 3: 1 nodes answered"),
     ):
         call_roster(grid, 4, timeout_s=0.5)
+
+
+def test_a_node_that_cannot_answer_is_asked_once_and_named(caplog):
+    with (
+        InProcessGrid(client_app, 1, node_config={"client-ids": "0 x"}) as grid,
+        pytest.raises(RosterError, match=r"client 0: 0 nodes answered within 1 s, 1 failed"),
+    ):
+        call_roster(grid, 1, timeout_s=1)
+    warnings = [r for r in caplog.records if "cannot say which clients it serves" in r.message]
+    assert len(warnings) == 1
+    assert "invalid literal for int() with base 10: 'x'" in warnings[0].message
 
 
 class Gathering(InProcessGrid):

@@ -5,27 +5,19 @@ import json
 import pytest
 
 from fedge_sim.config import load_settings
-from fedge_sim.reporting.base import Callback
-from tests.conftest import run
+from tests.conftest import Keep, run
 
 SEEDS = (42, 43, 44)
-
-
-class LeafAccuracies(Callback):
-    def __init__(self):
-        self.by_round = []
-
-    def on_round_end(self, record):
-        self.by_round.append([leaf.leaf_test.accuracy for leaf in record.leaves])
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_default_run_shows_that_clustering_helps(tmp_path, seed):
     def default(*more):
-        accuracies = LeafAccuracies()
+        keep = Keep()
         output = f"app.config.output-dir={tmp_path}"
         settings = load_settings(assignments=[f"app.config.seed={seed}", output, *more])
-        return run(settings, [accuracies]).last, accuracies.by_round
+        last = run(settings, [keep]).last
+        return last, [[leaf.leaf_test.accuracy for leaf in r.leaves] for r in keep.records]
 
     clustered, by_round = default()
     assert clustered.cloud.labels == (0, 0, 1)

@@ -86,10 +86,13 @@ def test_one_step_by_hand():
     assert result.steps == 1
 
 
-def test_proximal_term_by_hand():
-    """Two steps on one batch: the second gradient gains mu (w - w_start), the paper's sum."""
+@pytest.mark.parametrize("mu", [0.0, 0.7])
+def test_proximal_term_by_hand(mu):
+    """Two steps on one batch: the second gradient gains mu (w - w_start), the paper's sum.
+
+    With mu = 0 the two steps are those of FedAvg.
+    """
     x, y = windows(8)
-    mu = 0.7
     twice = TrainSettings(**{**vars(PLAIN), "local_epochs": 2, "prox_mu": mu})
     model, by_hand = fresh("mlp"), fresh("mlp")
     start = vector(by_hand)

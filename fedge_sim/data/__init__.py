@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from fedge_sim.config import AppConfig, Settings
 from fedge_sim.data import hhar_synthetic, uci_har
 from fedge_sim.data.base import WindowDataset
-from fedge_sim.data.partition import PARTITIONS, ClientData, split
+from fedge_sim.data.partition import PARTITIONS, ClientData, check_sizes, split
 from fedge_sim.errors import ConfigError, suggest
 
 DATASETS: dict[str, Callable[[AppConfig], WindowDataset]] = {
@@ -69,6 +69,7 @@ def federate(settings: Settings) -> FederatedData:
             f"dataset {config.dataset!r} has {len(dataset.classes)} classes",
         )
     rows = partition(dataset, settings.hierarchy.clients_per_server)
+    check_sizes(rows, settings.hierarchy.clients_per_server)
     clients = tuple(split(r, settings.seed, client) for client, r in enumerate(rows))
     dataset, mean, std = dataset.standardised(np.concatenate([c.train for c in clients]))
     return FederatedData(

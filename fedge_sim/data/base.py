@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedge_sim.errors import DataError
+
 
 @dataclass(frozen=True)
 class WindowDataset:
@@ -32,6 +34,27 @@ class WindowDataset:
     def window_shape(self) -> tuple[int, int]:
         """Channels and samples of a window."""
         return self.x.shape[1], self.x.shape[2]
+
+    def check(self, source: str) -> None:
+        """Check what was read from somewhere else.
+
+        Raises
+        ------
+        DataError
+            If shapes do not fit together, a class has no name, or a value is not finite.
+        """
+        n = len(self.x)
+        if self.x.ndim != 3 or 0 in self.x.shape:
+            problem = f"windows must be (windows, channels, samples), not {self.x.shape}"
+        elif self.y.shape != (n,) or self.user.shape != (n,):
+            problem = f"{n} windows, but labels {self.y.shape} and users {self.user.shape}"
+        elif not 0 <= self.y.min() <= self.y.max() < len(self.classes):
+            problem = f"labels must be from 0 to {len(self.classes) - 1}"
+        elif not np.isfinite(self.x).all():
+            problem = "a window holds NaN or infinity"
+        else:
+            return
+        raise DataError(f"{source}: {problem}")
 
     def standardised(
         self, rows: NDArray[np.int64]

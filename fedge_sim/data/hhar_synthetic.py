@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 
 from fedge_sim.config import AppConfig
 from fedge_sim.data.base import WindowDataset
+from fedge_sim.errors import ConfigError
 from fedge_sim.randomness import stream
 
 USERS = tuple("abcdefghi")
@@ -79,8 +80,20 @@ def load(config: AppConfig) -> WindowDataset:
     """Make the streams from the seed and cut them into windows.
 
     Uses ``sample-rate-hz``, ``window-seconds`` and ``window-stride-seconds``.
+
+    Raises
+    ------
+    ConfigError
+        If a window is longer than the shortest recording, or has fewer than 2 samples.
     """
     length = round(config.sample_rate_hz * config.window_seconds)
+    if not 2 <= length <= SECONDS_PER_ACTIVITY[0] * config.sample_rate_hz:
+        raise ConfigError.at(
+            "app.config",
+            "window-seconds",
+            config.window_seconds,
+            f"a window must have at least 2 samples and last at most {SECONDS_PER_ACTIVITY[0]} s",
+        )
     stride = max(1, round(config.sample_rate_hz * config.window_stride_seconds))
     windows, labels, users = [], [], []
     for user in range(len(USERS)):

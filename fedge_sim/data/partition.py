@@ -7,11 +7,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge_sim.data.base import WindowDataset
-from fedge_sim.errors import ConfigError, DataError
+from fedge_sim.errors import ConfigError
 from fedge_sim.randomness import stream
 
 TEST_SHARE = 0.2
-MIN_TRAIN = 2  # BatchNorm cannot normalise a batch of one window
+# BatchNorm cannot normalise a batch of one window, so 2 for training, and 1 for testing.
+MIN_WINDOWS = 3
 
 
 @dataclass(frozen=True)
@@ -67,19 +68,28 @@ Partition = Callable[[WindowDataset, Sequence[int]], list[NDArray[np.int64]]]
 PARTITIONS: dict[str, Partition] = {"user": by_user}
 
 
-def split(rows: NDArray[np.int64], seed: int, client: int) -> ClientData:
-    """Hold out 20 % of a client's windows at random, seeded by (seed, client).
+def check_sizes(rows: Sequence[NDArray[np.int64]], clients_per_server: Sequence[int]) -> None:
+    """Check that every client has enough windows to train and to be tested.
 
     Raises
     ------
-    DataError
-        If fewer training windows would remain than one batch of BatchNorm needs.
+    ConfigError
+        If one has fewer than a batch of BatchNorm and a test window.
     """
+    for client, own in enumerate(rows):
+        if len(own) < MIN_WINDOWS:
+            raise ConfigError.at(
+                "hierarchy",
+                "clients_per_server",
+                list(clients_per_server),
+                f"client {client} gets {len(own)} windows; allowed: at least {MIN_WINDOWS} each, "
+                "2 for training (one batch of BatchNorm) and 1 for testing; "
+                "use fewer clients or more data",
+            )
+
+
+def split(rows: NDArray[np.int64], seed: int, client: int) -> ClientData:
+    """Hold out 20 % of a client's windows at random, at least one, seeded by (seed, client)."""
     num_test = max(1, round(TEST_SHARE * len(rows)))
-    if len(rows) - num_test < MIN_TRAIN:
-        raise DataError(
-            f"client {client} has {len(rows)} windows; it needs at least {MIN_TRAIN} for "
-            "training (one batch of BatchNorm) and 1 for testing: use fewer clients, or more data"
-        )
     shuffled = stream(seed, "split", client).permutation(rows)
     return ClientData(train=np.sort(shuffled[num_test:]), test=np.sort(shuffled[:num_test]))

@@ -20,10 +20,10 @@ def start_logging(console: Console) -> None:
     """Send this package's log to the console, above the progress bar if there is one."""
     handler: logging.Handler
     if console.is_terminal:
-        handler = RichHandler(console=console, show_path=False, show_level=False)
+        handler = RichHandler(console=console, show_path=False)
     else:
         handler = logging.StreamHandler(console.file)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     package = logging.getLogger("fedge_sim")
     package.handlers = [handler]
     package.setLevel(logging.INFO)

@@ -1,5 +1,7 @@
 """What callbacks are told: how a run starts, every global round, how it ends."""
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -99,12 +101,18 @@ class RoundRecord:
     @property
     def mean_leaf_accuracy(self) -> float:
         """Mean over leaves of the accuracy before the cloud step."""
-        return sum(leaf.leaf_test.accuracy for leaf in self.leaves) / len(self.leaves)
+        return mean_accuracy(leaf.leaf_test for leaf in self.leaves)
 
     @property
     def mean_client_accuracy(self) -> float:
         """Mean over clients of the accuracy of the models that the cloud hands back."""
-        return sum(c.cloud_test.accuracy for c in self.clients) / len(self.clients)
+        return mean_accuracy(client.cloud_test for client in self.clients)
+
+
+def mean_accuracy(evaluations: Iterable[Evaluation]) -> float:
+    """Return the plain mean; who did not answer (no windows evaluated) does not count."""
+    accuracies = [e.accuracy for e in evaluations if e.num_examples > 0]
+    return sum(accuracies) / len(accuracies) if accuracies else math.nan
 
 
 class Callback:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from fedge_sim.reporting.base import Callback, LeafRound, RoundRecord, RunInfo
+from fedge_sim.reporting.base import Callback, LeafRound, RoundRecord, RunInfo, mean_accuracy
 
 CONFIDENCE = 0.95
 RATES_FOR_STABILITY = 5
@@ -95,8 +95,9 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
     pooled test windows of its clients; ``cloud_*`` and ``client_*`` of the models that the
     cloud handed back, averaged over leaves and over clients.
     """
-    accuracy = _mean_std_interval([leaf.leaf_test.accuracy for leaf in record.leaves])
-    loss = _mean_std_interval([leaf.leaf_test.loss for leaf in record.leaves])
+    answered = [leaf for leaf in record.leaves if leaf.leaf_test.num_examples > 0]
+    accuracy = _mean_std_interval([leaf.leaf_test.accuracy for leaf in answered])
+    loss = _mean_std_interval([leaf.leaf_test.loss for leaf in answered])
     return {
         "round": record.global_round,
         "avg_accuracy": accuracy[0],
@@ -111,8 +112,7 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
         "total_bytes_down": sum(c.bytes_down for c in record.clients),
         "total_comp_time_sec": sum(c.seconds for c in record.clients),
         "num_servers": len(record.leaves),
-        "cloud_avg_accuracy": float(np.mean([x.cloud_test.accuracy for x in record.leaves])),
-        "cloud_avg_loss": float(np.mean([x.cloud_test.loss for x in record.leaves])),
+        "cloud_avg_accuracy": mean_accuracy(leaf.cloud_test for leaf in record.leaves),
         "client_avg_accuracy": record.mean_client_accuracy,
         "num_clusters": len(record.cloud.cluster_models),
         "lr": record.lr,
@@ -152,7 +152,10 @@ def centralized_row(
 
 
 def server_row(record: RoundRecord, leaf: LeafRound) -> dict[str, Any]:
-    """Return one leaf server's round; ``server_partition_*`` is before the cloud step."""
+    """Return one leaf server's round; ``server_partition_*`` is before the cloud step.
+
+    ``round_time_sec`` is the wall time of the global round, in which all leaves train at once.
+    """
     return {
         "round": record.global_round,
         "server_partition_accuracy": leaf.leaf_test.accuracy,
@@ -212,7 +215,8 @@ def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _mean_std_interval(values: Sequence[float]) -> tuple[float, float, float, float]:
     """Return mean, sample deviation, and Student's t interval; nan for one value."""
-    mean, n = float(np.mean(values)), len(values)
+    n = len(values)
+    mean = float(np.mean(values)) if values else math.nan
     if n < 2:
         return mean, math.nan, math.nan, math.nan
     std = float(np.std(values, ddof=1))

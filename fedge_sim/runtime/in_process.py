@@ -117,7 +117,11 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are ready, each once."""
-        ready = [i for i in message_ids if i in self._pending and self._pending[i].done()]
+        ready = [
+            message_id
+            for message_id in dict.fromkeys(message_ids)
+            if message_id in self._pending and self._pending[message_id].done()
+        ]
         return [self._pending.pop(message_id).result() for message_id in ready]
 
     def send_and_receive(
@@ -125,14 +129,18 @@ class InProcessGrid(Grid):
     ) -> list[Message]:
         """Send messages and return the replies, in the messages' order.
 
-        After ``timeout`` seconds the replies that are ready are returned.
+        After ``timeout`` seconds the replies that are ready are returned, the others dropped.
         """
         ids = self.push_messages(messages)
         deadline = None if timeout is None else time.monotonic() + timeout
         for message_id in ids:
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             wait_for([self._pending[message_id]], timeout=left)
-        return self.pull_messages(ids)
+        replies = self.pull_messages(ids)
+        for message_id in ids:
+            if late := self._pending.pop(message_id, None):
+                late.cancel()
+        return replies
 
     def _answer(self, message: Message) -> Message:
         """Run the ClientApp; what it raises becomes an error reply, as in Flower."""

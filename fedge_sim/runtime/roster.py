@@ -45,14 +45,19 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
     """
     deadline = time.monotonic() + timeout_s
     answers: dict[int, dict[str, Any]] = {}
+    failed: dict[int, str | None] = {}
     while True:
-        new = [node for node in grid.get_node_ids() if node not in answers]
+        new = [node for node in grid.get_node_ids() if node not in answers and node not in failed]
         for message in grid.send_and_receive(
             [records.instruction(node, records.ASK_CLIENTS, ConfigRecord()) for node in new],
             timeout=max(1.0, deadline - time.monotonic()),
         ):
+            node = message.metadata.src_node_id
             if message.has_content():
-                answers[message.metadata.src_node_id] = records.config_of(message)
+                answers[node] = records.config_of(message)
+            else:
+                failed[node] = message.error.reason
+                log.warning("node %d cannot say which clients it serves: %s", node, failed[node])
         expected = max((a[records.NUM_NODES] for a in answers.values()), default=1)
         roster = assign(answers, num_clients)
         missing = [client for client in range(num_clients) if client not in roster]
@@ -65,7 +70,8 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
     if missing:
         names = ", ".join(map(str, missing))
         raise RosterError(
-            f"no node serves client {names}: {len(answers)} nodes answered within {timeout_s:g} s; "
+            f"no node serves client {names}: {len(answers)} nodes answered within {timeout_s:g} s, "
+            f"{len(failed)} failed; "
             "start SuperNodes with --node-config 'client-ids=\"...\"' that names them"
         )
     log.warning("%d of %d nodes answered within %g s", len(answers), expected, timeout_s)

@@ -43,7 +43,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What training did: steps taken, mean loss of the last epoch, seconds of computation."""
+    """What training did: steps taken, mean loss of the last epoch, seconds of computation.
+
+    The loss is that of the windows, without the proximal term.
+    """
 
     steps: int
     loss: float
