@@ -101,9 +101,11 @@ def test_one_leaf_is_flat_fedavg(small):
 
 
 def test_two_server_rounds_are_two_flat_rounds(small):
-    two = small(*ONE_LEAF, "hierarchy.server_rounds_per_global=2", "hierarchy.global_rounds=1")
-    flat = small(*ONE_LEAF, "hierarchy.lr_gamma=1.0")
-    assert_equal(final_models(two).global_model, final_models(flat).global_model)
+    twice = "hierarchy.server_rounds_per_global=2"
+    for rounds in (1, 2):  # 2 global rounds of 2 are 4 flat ones
+        two = small(*ONE_LEAF, "hierarchy.lr_gamma=1.0", twice, f"hierarchy.global_rounds={rounds}")
+        flat = small(*ONE_LEAF, "hierarchy.lr_gamma=1.0", f"hierarchy.global_rounds={2 * rounds}")
+        assert_equal(final_models(two).global_model, final_models(flat).global_model)
 
 
 def test_two_levels_equal_one_level(small):
