@@ -239,7 +239,10 @@ def _client_round(leaf: LeafServer, client: int, data: DataSummary) -> ClientRou
 def main(
     config: Annotated[
         Path | None,
-        typer.Option(help="TOML file with [tool.flwr.*] tables; else this project's own."),
+        typer.Option(
+            help="TOML file with tool.flwr tables, in place of this project's pyproject.toml; "
+            "keys that it leaves out take their defaults."
+        ),
     ] = None,
     assignments: Annotated[
         list[str] | None,

@@ -115,7 +115,7 @@ def test_flwr_run_equals_the_run_in_this_process(flower, small, tmp_path, nodes)
     assert (git_status(), (ROOT / "pyproject.toml").read_bytes()) == before
     (theirs,) = (tmp_path / "flower").iterdir()
     assert f"results: {theirs}" in log
-    assert f"9 clients on {min(nodes or 2, 9)} nodes" in log
+    assert f"9 clients, nodes that serve them: {min(nodes or 2, 9)}\n" in log
     ours = run(small()).folder
 
     models = sorted(f.name for f in (ours / "models").glob("*.safetensors"))

@@ -137,13 +137,13 @@ def test_models_load_as_their_note_says(finished):
         "WINDOW_SHAPE": repr(note["window_shape"]),
         "NUM_CLASSES": repr(note["num_classes"]),
         "FILE": repr(str(folder / "global.safetensors")),
-        "MEAN": "mean",
-        "STD": "std",
+        "MEAN": repr(note["mean"]),
+        "STD": repr(note["std"]),
     }.items():
         code = code.replace(word, value)
     data = federated_data(settings)
     mean, std = (np.array(note[key], np.float32) for key in ("mean", "std"))
-    scope = {"x": data.x * std[:, None] + mean[:, None], "mean": mean, "std": std}
+    scope = {"x": data.x * std[:, None] + mean[:, None]}
     exec(code, scope)
     everything = np.arange(len(data.y))
     accuracy = (scope["logits"].argmax(1) == data.y).float().mean().item()

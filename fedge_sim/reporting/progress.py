@@ -104,7 +104,7 @@ class ConsoleReporter(Callback):
     def on_run_end(self, last: RoundRecord) -> None:
         """Print a table by leaf and cluster, the totals, and where the results are."""
         self.close()
-        table = Table(title=f"after {last.global_round} global rounds (accuracy on test windows)")
+        table = Table(title=f"after global round {last.global_round} (accuracy on test windows)")
         for name in ("leaf server", "cluster", "clients", "training windows", "leaf", "cloud"):
             table.add_column(name, justify="right")
         for leaf in last.leaves:
@@ -121,7 +121,7 @@ class ConsoleReporter(Callback):
         self._console.print(
             f"mean leaf accuracy before the cloud step: {last.mean_leaf_accuracy:.2%}\n"
             f"mean client accuracy of the models handed back: {last.mean_client_accuracy:.2%}\n"
-            f"average of all leaves, all test windows: {last.central_test.accuracy:.2%}\n"
+            f"one model for all (the average of the leaves): {last.central_test.accuracy:.2%}\n"
             f"clusters: {_clusters(last.cloud)}; {seconds:.1f} s, "
             f"{seconds / last.global_round:.1f} s a round\n"
             f"results: {self._folder}",

@@ -8,11 +8,14 @@ from fedge_sim.algorithms import Arrays
 from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
 from fedge_sim.reporting.tables import write_json
 
+# How to load a model: the capital names stand for this file's values, FILE for a file beside it,
+# x is a float32 tensor (windows, channels, samples) in the units of the sensors.
 LOAD = (
-    "from fedge_sim.models import build_model; from safetensors.torch import load_file; "
+    "import torch; from fedge_sim.models import build_model; "
+    "from safetensors.torch import load_file; "
     "model = build_model(NAME, WINDOW_SHAPE, NUM_CLASSES); "
     "model.load_state_dict(load_file(FILE)); model.eval(); "
-    "logits = model((x - MEAN[:, None]) / STD[:, None])"
+    "logits = model((x - torch.tensor(MEAN)[:, None]) / torch.tensor(STD)[:, None])"
 )
 
 

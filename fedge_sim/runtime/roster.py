@@ -62,7 +62,7 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
         roster = assign(answers, num_clients)
         missing = [client for client in range(num_clients) if client not in roster]
         if not missing and len(answers) >= expected:
-            log.info("%d clients on %d nodes", num_clients, len(set(roster.values())))
+            log.info("%d clients, nodes that serve them: %d", num_clients, len({*roster.values()}))
             return roster
         if time.monotonic() > deadline:
             break
