@@ -173,6 +173,7 @@ class Orchestrator:
             plans += [(records.CLOUD, ["test", "train"])]
         else:
             plans += [(records.CLOUD, ["test"]), (records.GLOBAL, ["test", "train"])]
+        configs = {p: records.evaluate_config(self.settings, p, splits) for p, splits in plans}
         global_model = cloud_models[0] if one_cluster else records.to_record(state.global_model)
         messages = []
         for leaf in leaves:
@@ -181,14 +182,13 @@ class Orchestrator:
                 records.CLOUD: cloud_models[state.labels[leaf.index]],
                 records.GLOBAL: global_model,
             }
-            for purpose, splits in plans:
-                config = records.evaluate_config(self.settings, purpose, splits)
+            for purpose, config in configs.items():
                 messages += leaf.configure_evaluate(
                     state.global_round, models[purpose], config, self.grid
                 )
         replies = self._exchange(messages)
         for leaf in leaves:
-            for purpose, _ in plans:
+            for purpose in configs:
                 leaf.aggregate_evaluate(state.global_round, replies.get((purpose, leaf.index), []))
             if one_cluster:
                 leaf.evaluations[records.GLOBAL] = leaf.evaluations.get(records.CLOUD, {})

@@ -45,7 +45,7 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
     """
     deadline = time.monotonic() + timeout_s
     answers: dict[int, dict[str, Any]] = {}
-    failed: dict[int, str | None] = {}
+    failed: set[int] = set()
     while True:
         new = [node for node in grid.get_node_ids() if node not in answers and node not in failed]
         for message in grid.send_and_receive(
@@ -56,8 +56,9 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
             if message.has_content():
                 answers[node] = records.config_of(message)
             else:
-                failed[node] = message.error.reason
-                log.warning("node %d cannot say which clients it serves: %s", node, failed[node])
+                failed.add(node)
+                reason = message.error.reason
+                log.warning("node %d cannot say which clients it serves: %s", node, reason)
         expected = max((a[records.NUM_NODES] for a in answers.values()), default=1)
         roster = assign(answers, num_clients)
         missing = [client for client in range(num_clients) if client not in roster]
