@@ -1,18 +1,25 @@
 # Every target builds .venv on first use, with the exact versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: run test lint bench clean help
+.PHONY: run run-hhar test lint bench bench-data clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 # More for the command, for example: make run ARGS="--set hierarchy.global_rounds=3"
 ARGS ?=
+# The folder of HHAR's CSV files.
+DATA ?= data/hhar
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 run: $(READY)  ## run the main job on the embedded dataset
 	$(BIN)/python -m fedge_sim.orchestrator $(ARGS)
+
+run-hhar: $(READY)  ## the same on HHAR: make run-hhar DATA=folder (phones only if it has no watches)
+	$(BIN)/python -m fedge_sim.orchestrator --set app.config.dataset=hhar \
+		--set 'app.config.data-root="$(DATA)"' --set app.config.standardise=client \
+		$$(find "$(DATA)" -name '*Watch_*.csv' 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
 
 test: lint  ## lint, type-check and run all tests
 	$(BIN)/python -m pytest $(ARGS)
@@ -25,12 +32,15 @@ lint: $(READY)  ## check style and types
 bench: $(READY)  ## measure against plain Flower, side by side
 	$(BIN)/python scripts/bench.py --workload w1 $(ARGS)
 
+bench-data: $(READY)  ## measure reading HHAR's files, and opening a store
+	$(BIN)/python scripts/bench_data.py $(ARGS)
+
 clean:  ## remove the environment and all caches; results are kept
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

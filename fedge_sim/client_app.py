@@ -16,6 +16,7 @@ from torch import nn
 from fedge_sim import records
 from fedge_sim.config import Settings, settings_from_json
 from fedge_sim.data import FederatedData, federated_data
+from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import FedgeError
 from fedge_sim.models import build_model
 from fedge_sim.randomness import stream
@@ -49,41 +50,39 @@ def clients_served(message: Message, context: Context) -> Message:
 
 @app.query("data")
 def describe_data(message: Message, context: Context) -> Message:
-    """Answer how many windows the asked clients hold, and of what form.
+    """Answer which examples the asked clients hold, and of what form.
 
-    What a user can mend (a missing folder, too few windows) is part of the answer.
+    What a user can mend (a missing folder, too few examples) is part of the answer.
     """
     asked = records.config_of(message)
     try:
         settings = _settings(asked, context)
         data = federated_data(settings)
-        build_model(settings.data.model, data.window_shape, len(data.classes))
+        build_model(settings.data.model, data.example_shape, len(data.classes))
     except FedgeError as error:
         return records.reply(message, config=ConfigRecord({records.ERROR: str(error)}))
-    clients = [data.clients[client] for client in asked[records.CLIENT_IDS]]
-    answer = ConfigRecord(
-        {
-            "num-train": [len(client.train) for client in clients],
-            "num-test": [len(client.test) for client in clients],
-            "window-shape": list(data.window_shape),
-            "classes": list(data.classes),
-            "mean": data.mean.tolist(),
-            "std": data.std.tolist(),
-        }
+    clients = asked[records.CLIENT_IDS]
+    answer = records.describe(
+        DataSummary(
+            clients=tuple(data.clients[client] for client in clients),
+            example_shape=data.example_shape,
+            classes=data.classes,
+            scales=tuple(data.scales[client] for client in clients),
+            content=data.dataset.content,
+        )
     )
     return records.reply(message, config=answer)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train the message's model on its client's training windows."""
+    """Train the message's model on its client's training examples."""
     config = records.config_of(message)
     settings, data, model = _prepare(message, context)
     h, client = settings.hierarchy, config[records.CLIENT_ID]
     result = local.train(
         model,
-        data.x,
-        data.y,
+        data.examples(client),
         data.clients[client].train,
         local.TrainSettings(
             lr=config[records.LR],
@@ -110,14 +109,15 @@ def train(message: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the message's model on its client's test windows, and training windows if asked."""
+    """Evaluate the message's model on its client's test examples, and training ones if asked."""
     config = records.config_of(message)
     settings, data, model = _prepare(message, context)
-    client = data.clients[config[records.CLIENT_ID]]
+    client = config[records.CLIENT_ID]
+    examples, own = data.examples(client), data.clients[client]
     metrics = MetricRecord()
     for split in config[records.SPLITS]:
-        rows = client.test if split == "test" else client.train
-        result = local.evaluate(model, data.x, data.y, rows, settings.hierarchy.eval_batch_size)
+        rows = own.test if split == "test" else own.train
+        result = local.evaluate(model, examples, rows, settings.hierarchy.eval_batch_size)
         records.put_evaluation(metrics, split, result)
     return records.reply(message, metrics=metrics)
 
@@ -137,6 +137,6 @@ def _prepare(message: Message, context: Context) -> tuple[Settings, FederatedDat
     settings = _settings(records.config_of(message), context)
     torch.set_num_threads(settings.runtime.threads_per_client)
     data = federated_data(settings)
-    model = build_model(settings.data.model, data.window_shape, len(data.classes))
+    model = build_model(settings.data.model, data.example_shape, len(data.classes))
     records.load_arrays(model, records.to_arrays(records.arrays_of(message)))
     return settings, data, model

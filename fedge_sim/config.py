@@ -49,6 +49,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
+OptionalPath = Annotated[str, AfterValidator(lambda path: path and _absolute(path))]
 
 
 class _Table(BaseModel):
@@ -67,12 +68,20 @@ class AppConfig(_Table):
 
     dataset: str = "hhar-synthetic"
     data_root: AbsolutePath = "data"
+    cache_dir: OptionalPath = ""
     partition: str = "user"
+    partition_alpha: Annotated[float, Field(gt=0, le=1e6)] = 0.5
+    partition_classes: Count = 2
+    partition_file: OptionalPath = ""
+    split: Literal["random", "blocked"] = "random"
+    standardise: Literal["global", "client", "none"] = "global"
     use_watches: bool = True
     sample_rate_hz: Annotated[int, Field(ge=5, le=10_000)] = 50
     window_seconds: Seconds = 2.0
     window_stride_seconds: Seconds = 1.0
-    num_classes: Annotated[int, Field(ge=2)] = 6
+    synthetic_clients: Annotated[int, Field(ge=1, le=10_000_000)] = 9
+    synthetic_windows_per_client: Annotated[int, Field(ge=0, le=1_000_000)] = 0
+    num_classes: Annotated[int, Field(ge=0)] = 6
     model: str = "cnn1d"
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 42
     output_dir: AbsolutePath = "results"

@@ -83,7 +83,7 @@ class Orchestrator:
             log.warning("[hierarchy] %s = %s: accepted, but without effect", key, value)
         roster = call_roster(self.grid, h.num_clients, self.settings.runtime.node_timeout_s)
         data = survey(self.grid, roster, self.settings)
-        model = build_model(self.settings.data.model, data.window_shape, len(data.classes))
+        model = build_model(self.settings.data.model, data.example_shape, len(data.classes))
         initialise(model, torch_generator(self.settings.seed, "initial model"))
         trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
 

@@ -1,6 +1,6 @@
 """The one place where arrays become Flower records, and messages find their addressees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import nn
 
 from fedge_sim.algorithms import Arrays
 from fedge_sim.config import Settings
+from fedge_sim.data.base import ClientData, DataSummary, Standardisation
 from fedge_sim.training.local import Evaluation
 
 # Purposes of messages: train; evaluate a leaf's model before the cloud step, the model that the
@@ -32,6 +33,7 @@ PURPOSE, SPLITS = "purpose", "splits"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SECONDS = "seconds"
 _PREFIX = {"test": "", "train": "train-"}  # of an evaluation's metrics, by split
+_ROW = np.dtype("<i8")  # of row numbers on the wire
 # The two questions of the roster, and what a node answers.
 ASK_CLIENTS, ASK_DATA = MessageType.QUERY, f"{MessageType.QUERY}.data"
 CLIENT_IDS, NUM_NODES, SERVES_ANY, ERROR = "client-ids", "num-nodes", "serves-any", "error"
@@ -114,6 +116,39 @@ def train_config(settings: Settings, lr: float) -> ConfigRecord:
 def evaluate_config(settings: Settings, purpose: str, splits: Sequence[str]) -> ConfigRecord:
     """Return what all clients are told for the evaluation of one model."""
     return ConfigRecord({SETTINGS: settings.to_json(), PURPOSE: purpose, SPLITS: list(splits)})
+
+
+def describe(data: DataSummary) -> ConfigRecord:
+    """Return what a node says of its clients' data; :func:`description` reads it back."""
+    train, test = [c.train for c in data.clients], [c.test for c in data.clients]
+    return ConfigRecord(
+        {
+            "num-train": list(data.num_train),
+            "num-test": list(data.num_test),
+            "rows": np.concatenate([*train, *test]).astype(_ROW).tobytes(),
+            "example-shape": list(data.example_shape),
+            "classes": list(data.classes),
+            "mean": np.concatenate([s.mean for s in data.scales]).tolist(),
+            "std": np.concatenate([s.std for s in data.scales]).tolist(),
+            "content": data.content,
+        }
+    )
+
+
+def description(config: Mapping[str, Any]) -> DataSummary:
+    """Return what a node said of its clients' data."""
+    sizes = [*config["num-train"], *config["num-test"]]
+    rows = np.frombuffer(config["rows"], _ROW).astype(np.int64)
+    parts = np.split(rows, np.cumsum(sizes)[:-1])
+    n = len(config["num-train"])
+    scales = (np.asarray(config[key], np.float32).reshape(n, -1) for key in ("mean", "std"))
+    return DataSummary(
+        clients=tuple(map(ClientData, parts[:n], parts[n:])),
+        example_shape=tuple(config["example-shape"]),
+        classes=tuple(config["classes"]),
+        scales=tuple(map(Standardisation, *scales)),
+        content=config["content"],
+    )
 
 
 def reply(

@@ -30,10 +30,8 @@ import numpy as np
 import psutil
 import typer
 
-from fedge_sim.config import AppConfig, load_settings
-from fedge_sim.data import DATASETS
-from fedge_sim.data.base import WindowDataset
-from fedge_sim.data.partition import TEST_SHARE
+from fedge_sim.config import load_settings
+from fedge_sim.data.split import TEST_SHARE
 from fedge_sim.orchestrator import run_in_process
 from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
 from fedge_sim.reporting.tables import TableWriter
@@ -41,6 +39,7 @@ from fedge_sim.reporting.weights import WeightWriter
 from fedge_sim.runtime.in_process import available_cores
 
 PLAIN_FLOWER = Path(__file__).resolve().parent / "plain_flower"
+OURS = "examples.npz"  # the same arrays as our dataset "arrays" takes them
 STAMPS = "stamps.jsonl"  # when each round started, and when the last one ended
 MARKER = "FEDGE_BENCH"  # in the environment of every process of a side: the side's folder
 SAMPLE_SECONDS = 0.2
@@ -55,7 +54,7 @@ class Workload:
 
     sizes: tuple[tuple[int, ...], ...]  # windows of each client, by leaf server
     training: Mapping[str, float]  # settings of [tool.flwr.hierarchy] that plain Flower has too
-    window_shape: tuple[int, int] = (6, 100)
+    window_shape: tuple[int, ...] = (6, 100)
     num_classes: int = 6
     model: str = "cnn1d"
 
@@ -75,10 +74,13 @@ class Workload:
         """Make the arrays, from a fixed seed."""
         rng, n = np.random.default_rng(0), sum(self.client_sizes)
         folder.mkdir()
-        np.save(folder / "x.npy", rng.standard_normal((n, *self.window_shape), np.float32))
-        np.save(folder / "y.npy", rng.integers(self.num_classes, size=n))
-        clients = np.arange(len(self.client_sizes))
-        np.save(folder / "client.npy", np.repeat(clients, self.client_sizes))
+        x = rng.standard_normal((n, *self.window_shape), np.float32)
+        y = rng.integers(self.num_classes, size=n)
+        client = np.repeat(np.arange(len(self.client_sizes)), self.client_sizes)
+        for name, array in (("x", x), ("y", y), ("client", client)):
+            np.save(folder / f"{name}.npy", array)
+        user = np.char.zfill(client.astype(str), 5)  # as text, users are in the same order
+        np.savez(folder / OURS, X=x, y=y, user=user)
 
 
 WORKLOADS = {
@@ -138,19 +140,13 @@ class Stamps(Callback):
             file.write(json.dumps({"time": time.time()}) + "\n")
 
 
-def load_arrays(config: AppConfig) -> WindowDataset:
-    """Load a workload's arrays as a dataset of one user for each client."""
-    x, y, client = (np.load(Path(config.data_root, f"{n}.npy")) for n in ("x", "y", "client"))
-    users = tuple(f"{user:05d}" for user in range(client.max() + 1))
-    return WindowDataset(x, y, client, users, tuple(map(str, range(config.num_classes))))
-
-
 def run_ours(name: str, rounds: int, folder: Path) -> None:
     """Run this application in this process, as ``python -m fedge_sim.orchestrator`` does."""
     workload = WORKLOADS[name]
     tables = {
-        "app.config.dataset": name,
-        "app.config.data-root": folder.parent / "data",
+        "app.config.dataset": "arrays",
+        "app.config.data-root": folder.parent / "data" / OURS,
+        "app.config.cache-dir": folder / "cache",
         "app.config.partition": "user",
         "app.config.model": workload.model,
         "app.config.num-classes": workload.num_classes,
@@ -159,7 +155,6 @@ def run_ours(name: str, rounds: int, folder: Path) -> None:
         "hierarchy.clients_per_server": [len(leaf) for leaf in workload.sizes],
         "hierarchy.global_rounds": rounds,
     } | {f"hierarchy.{key}": value for key, value in workload.training.items()}
-    DATASETS[name] = load_arrays
     settings = load_settings(assignments=[f"{key}={value}" for key, value in tables.items()])
     run_in_process(settings, [TableWriter(), WeightWriter(), Stamps(folder / STAMPS)])
 

@@ -211,7 +211,7 @@ def test_an_output_folder_may_have_any_name():
     [
         (["app.config.dataset=hhar-syntetic"], "did you mean 'hhar-synthetic'?"),
         (["app.config.partition=users"], "did you mean 'user'?"),
-        (["app.config.num-classes=5"], "dataset 'hhar-synthetic' has 6 classes"),
+        (["app.config.num-classes=5"], "dataset 'hhar-synthetic' has 6 classes; allowed: 6, or 0"),
         (
             ["app.config.dataset=uci-har", "app.config.data-root=/nowhere"],
             'data-root = "/nowhere": dataset "uci-har" needs the file uci_har_21_subjects.npz',
@@ -231,8 +231,8 @@ def test_settings_that_do_not_fit_the_data(assignments, message):
 
 
 def test_unknown_model():
-    with pytest.raises(ConfigError, match=r"model = \"cnn\": unknown; did you mean 'cnn1d'"):
-        build_model("cnn", (6, 100), 6)
+    with pytest.raises(ConfigError, match=r"model = \"cn1d\": unknown; did you mean 'cnn1d'"):
+        build_model("cn1d", (6, 100), 6)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_one_leaf_is_flat_fedavg(small):
     """Against plain FedAvg, written out: local training, then Flower's own aggregation."""
     settings = small(*ONE_LEAF, "hierarchy.prox_mu=0.0")
     data, h = federated_data(settings), settings.hierarchy
-    model = build_model("cnn1d", data.window_shape, 6)
+    model = build_model("cnn1d", data.example_shape, 6)
     initialise(model, torch_generator(settings.seed, "initial model"))
     arrays = records.to_record(records.model_arrays(model))
     torch.set_num_threads(1)
@@ -87,7 +87,7 @@ def test_one_leaf_is_flat_fedavg(small):
             rows = data.clients[client].train
             train_settings = local.TrainSettings(lr=h.learning_rate(g), local_epochs=1)
             order = stream(settings.seed, "batches", g, client)
-            local.train(model, data.x, data.y, rows, train_settings, order)
+            local.train(model, data.examples(client), rows, train_settings, order)
             metrics = MetricRecord({"num-examples": len(rows)})
             with InProcessGrid(client_app, 1):
                 instruction = records.instruction(2, "train", ConfigRecord())
@@ -120,7 +120,7 @@ def test_prox_mu_reaches_the_clients(small):
     def travelled(mu):
         settings = small(f"hierarchy.prox_mu={mu}", "hierarchy.global_rounds=1")
         data = federated_data(settings)
-        model = build_model("cnn1d", data.window_shape, 6)
+        model = build_model("cnn1d", data.example_shape, 6)
         initialise(model, torch_generator(settings.seed, "initial model"))
         start = records.model_arrays(model)["head.weight"]
         return np.linalg.norm(final_models(settings).global_model["head.weight"] - start)
@@ -142,9 +142,13 @@ def test_uneven_topology_of_many_servers(small):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_every_model_learns(small, model):
-    longer = ("hierarchy.global_rounds=4", "hierarchy.local_epochs=5")
+    longer = ["hierarchy.global_rounds=4", "hierarchy.local_epochs=5"]
+    if MODELS[model].num_axes == 3:  # images
+        longer = ["hierarchy.local_epochs=2", "hierarchy.num_servers=1"]
+        longer += ["hierarchy.clients_per_server=[2]", "app.config.partition=iid"]
+        longer.append("app.config.dataset=digits")
     last = run(small(f"app.config.model={model}", *longer), []).last
-    assert last.mean_leaf_accuracy > 0.4  # guessing gives 0.17
+    assert last.mean_leaf_accuracy > 0.4  # guessing gives 0.17, or 0.1
 
 
 def test_server_and_global_rates_are_used(small):

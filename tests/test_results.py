@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from fedge_sim.data import federated_data
@@ -134,7 +135,7 @@ def test_models_load_as_their_note_says(finished):
     code = note["load"]
     for word, value in {
         "NAME": repr(note["name"]),
-        "WINDOW_SHAPE": repr(note["window_shape"]),
+        "EXAMPLE_SHAPE": repr(note["example_shape"]),
         "NUM_CLASSES": repr(note["num_classes"]),
         "FILE": repr(str(folder / "global.safetensors")),
         "MEAN": repr(note["mean"]),
@@ -142,13 +143,12 @@ def test_models_load_as_their_note_says(finished):
     }.items():
         code = code.replace(word, value)
     data = federated_data(settings)
-    mean, std = (np.array(note[key], np.float32) for key in ("mean", "std"))
-    scope = {"x": data.x * std[:, None] + mean[:, None]}
+    scope = {"x": torch.tensor(data.dataset.x)}
     exec(code, scope)
-    everything = np.arange(len(data.y))
-    accuracy = (scope["logits"].argmax(1) == data.y).float().mean().item()
+    everything = np.arange(len(data.dataset))
+    accuracy = np.mean(scope["logits"].argmax(1).numpy() == data.dataset.y)
     assert accuracy == pytest.approx(
-        evaluate(scope["model"], data.x, data.y, everything).accuracy, abs=0.01
+        evaluate(scope["model"], data.examples(0), everything).accuracy, abs=1e-3
     )
 
 

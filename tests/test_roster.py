@@ -1,10 +1,12 @@
 import threading
 
+import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedge_sim import records
 from fedge_sim.client_app import app as client_app
+from fedge_sim.data import federated_data
 from fedge_sim.errors import RosterError
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.runtime.roster import assign, call_roster, survey
@@ -93,8 +95,18 @@ def test_survey_sums_up_what_nodes_hold(small):
         roster = call_roster(grid, 9, timeout_s=10)
         data = survey(grid, roster, small())
     with InProcessGrid(client_app, 1) as grid:
-        assert survey(grid, dict.fromkeys(range(9), 2), small()) == data
-    assert data.window_shape == (6, 40)
+        other = survey(grid, dict.fromkeys(range(9), 2), small())
+    held = federated_data(small())
+    for summary in (data, other):
+        assert summary.example_shape == (6, 40)
+        assert summary.content == held.dataset.content
+        for client in range(9):
+            for split in ("train", "test"):
+                np.testing.assert_array_equal(
+                    getattr(summary.clients[client], split), getattr(held.clients[client], split)
+                )
+            np.testing.assert_array_equal(summary.scales[client].mean, held.scales[client].mean)
+            np.testing.assert_array_equal(summary.scales[client].std, held.scales[client].std)
     assert len(data.num_train) == len(data.num_test) == 9
 
 

@@ -1,56 +1,87 @@
 """Datasets by name, and the federated data of a run: one array, an index array per client."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from fedge_sim.config import AppConfig, Settings
-from fedge_sim.data import hhar_synthetic, uci_har
-from fedge_sim.data.base import WindowDataset
-from fedge_sim.data.partition import PARTITIONS, ClientData, check_sizes, split
+from fedge_sim.data import arrays, cifar10, digits, hhar, hhar_synthetic, uci_har
+from fedge_sim.data.base import ClientData, Dataset, Examples, Standardisation
+from fedge_sim.data.partition import MIN_EXAMPLES, partition
+from fedge_sim.data.split import SPLITS
+from fedge_sim.data.store import Recipe, Tell, cache_folder, open_dataset, tell_nobody
 from fedge_sim.errors import ConfigError, suggest
 
-DATASETS: dict[str, Callable[[AppConfig], WindowDataset]] = {
-    "hhar-synthetic": hhar_synthetic.load,
-    "uci-har": uci_har.load,
+DATASETS: dict[str, Callable[[AppConfig], Recipe]] = {
+    "arrays": arrays.recipe,
+    "cifar10": cifar10.recipe,
+    "digits": digits.recipe,
+    "hhar": hhar.recipe,
+    "hhar-synthetic": hhar_synthetic.recipe,
+    "uci-har": uci_har.recipe,
 }
 
 
 @dataclass(frozen=True)
 class FederatedData:
-    """Standardised windows of all clients, and who holds which.
+    """The examples of all clients, and who holds which.
 
     Attributes
     ----------
-    x : float32 tensor (windows, channels, samples)
-    y : int64 tensor (windows,)
+    dataset : Dataset
     clients : tuple of ClientData
         Rows of client 0, 1, ...
-    classes : tuple of str
-    mean, std : float32 array (channels,)
-        What the windows were standardised with: statistics of all training windows.
+    scales : sequence of Standardisation
+        Of client 0, 1, ...: from its own training examples, or from those of all.
     """
 
-    x: torch.Tensor
-    y: torch.Tensor
+    dataset: Dataset
     clients: tuple[ClientData, ...]
-    classes: tuple[str, ...]
-    mean: NDArray[np.float32]
-    std: NDArray[np.float32]
+    scales: Sequence[Standardisation]
 
     @property
-    def window_shape(self) -> tuple[int, int]:
-        """Channels and samples of a window."""
-        return self.x.shape[1], self.x.shape[2]
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.dataset.example_shape
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.dataset.names.classes
+
+    def examples(self, client: int) -> Examples:
+        """Return all examples as a client sees them."""
+        return Examples(self.dataset.x, self.dataset.y, self.scales[client])
+
+
+def load_dataset(config: AppConfig, tell: Tell = tell_nobody) -> Dataset:
+    """Open the dataset of the settings; its store is made first where there is none.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the dataset is unknown, missing or damaged, or has another number of classes.
+    """
+    if config.dataset not in DATASETS:
+        problem = f"unknown; {suggest(config.dataset, DATASETS)}"
+        raise ConfigError.at("app.config", "dataset", config.dataset, problem)
+    dataset = open_dataset(DATASETS[config.dataset](config), cache_folder(config), tell)
+    num_classes = len(dataset.names.classes)
+    if config.num_classes not in (0, num_classes):
+        raise ConfigError.at(
+            "app.config",
+            "num-classes",
+            config.num_classes,
+            f"dataset {config.dataset!r} has {num_classes} classes; allowed: {num_classes}, or "
+            "0 for what the dataset has",
+        )
+    return dataset
 
 
 def federate(settings: Settings) -> FederatedData:
-    """Read the dataset of the settings and hand its windows to the clients.
+    """Open the dataset of the settings and deal its examples out to the clients.
 
     Raises
     ------
@@ -58,28 +89,34 @@ def federate(settings: Settings) -> FederatedData:
         If the dataset or partition is unknown, missing, or does not fit the topology.
     """
     config = settings.data
-    load = _named(DATASETS, "dataset", config.dataset)
-    partition = _named(PARTITIONS, "partition", config.partition)
-    dataset = load(config)
-    if len(dataset.classes) != config.num_classes:
-        raise ConfigError.at(
-            "app.config",
-            "num-classes",
-            config.num_classes,
-            f"dataset {config.dataset!r} has {len(dataset.classes)} classes",
-        )
-    rows = partition(dataset, settings.hierarchy.clients_per_server)
-    check_sizes(rows, settings.hierarchy.clients_per_server)
-    clients = tuple(split(r, settings.seed, client) for client, r in enumerate(rows))
-    dataset, mean, std = dataset.standardised(np.concatenate([c.train for c in clients]))
-    return FederatedData(
-        x=torch.from_numpy(dataset.x),
-        y=torch.from_numpy(dataset.y),
-        clients=clients,
-        classes=dataset.classes,
-        mean=mean,
-        std=std,
+    dataset = load_dataset(config)
+    split = SPLITS[config.split]
+    clients = tuple(
+        split(dataset, rows, settings.seed, client)
+        for client, rows in enumerate(partition(dataset, settings))
     )
+    for client, own in enumerate(clients):
+        if len(own.train) < MIN_EXAMPLES - 1:
+            raise ConfigError.at(
+                "app.config",
+                "split",
+                config.split,
+                f"client {client} keeps {len(own.train)} examples for training after the windows "
+                "that overlap with held-out ones are left out; use more data or fewer clients",
+            )
+    return FederatedData(dataset, clients, _scales(config, dataset, clients))
+
+
+def _scales(
+    config: AppConfig, dataset: Dataset, clients: Sequence[ClientData]
+) -> Sequence[Standardisation]:
+    if config.standardise == "client":
+        return [Standardisation.of(dataset.x, client.train) for client in clients]
+    if config.standardise == "global":
+        scale = Standardisation.of(dataset.x, np.concatenate([c.train for c in clients]))
+    else:
+        scale = Standardisation.identity(dataset.example_shape[0])
+    return [scale] * len(clients)
 
 
 class _LastUsed:
@@ -99,12 +136,3 @@ class _LastUsed:
 
 
 federated_data = _LastUsed().get
-
-
-T = TypeVar("T")
-
-
-def _named(registry: dict[str, T], key: str, name: str) -> T:
-    if name not in registry:
-        raise ConfigError.at("app.config", key, name, f"unknown; {suggest(name, registry)}")
-    return registry[name]

@@ -1,103 +1,203 @@
-"""What a dataset is: windows of sensor channels, with a label and a user each."""
+"""What a dataset is: examples in one memory-mapped array, and where each comes from."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from fedge_sim.errors import DataError
+# Rows of x that are worked on at a time where all of a dataset is gone through, in bytes.
+CHUNK_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True)
-class WindowDataset:
-    """All windows of a dataset, in one contiguous array.
+class Names:
+    """What the codes of a dataset stand for.
 
     Attributes
     ----------
-    x : float32 array (windows, channels, samples)
-        Channels in the order acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z.
-    y : int64 array (windows,)
-        Class of each window, an index into ``classes``.
-    user : int64 array (windows,)
-        User of each window, an index into ``users``.
-    users, classes : tuple of str
-        Names; users sorted as text.
+    classes : tuple of str
+    users : tuple of str
+        Sorted as text; empty where a dataset knows none, as the next two.
+    models, devices : tuple of str
+    """
+
+    classes: tuple[str, ...]
+    users: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened store: read-only maps of its files, shared by all processes that open it.
+
+    Attributes
+    ----------
+    x : float32 array (examples, *shape)
+        In the units of the source. Sensor windows are (channels, samples), the channels in
+        the order acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z; images (channels, height, width).
+    y : int64 array (examples,)
+        Class of each example, an index into ``names.classes``.
+    user, model, device : int32 array (examples,)
+        Where it was recorded, an index into the names; -1 where that is not known.
+    recording : int32 array (examples,)
+        The uninterrupted recording that a window was cut from.
+    position : int32 array (examples,)
+        First sample of the window in its recording: two windows of one recording share
+        samples if their positions differ by less than their length.
+    names : Names
+    content : str
+        SHA-256 of the arrays: the same content has the same value on every machine.
+    report : mapping
+        What was read and what was left out when the store was made.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
-    user: NDArray[np.int64]
-    users: tuple[str, ...]
-    classes: tuple[str, ...]
+    user: NDArray[np.int32]
+    model: NDArray[np.int32]
+    device: NDArray[np.int32]
+    recording: NDArray[np.int32]
+    position: NDArray[np.int32]
+    names: Names
+    content: str
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.y)
 
     @property
-    def window_shape(self) -> tuple[int, int]:
-        """Channels and samples of a window."""
-        return self.x.shape[1], self.x.shape[2]
+    def example_shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.x.shape[1:]
 
-    def check(self, source: str) -> None:
-        """Check what was read from somewhere else.
 
-        Raises
-        ------
-        DataError
-            If shapes do not fit together, a class has no name, or a value is not finite.
-        """
-        n = len(self.x)
-        if self.x.ndim != 3 or 0 in self.x.shape:
-            problem = f"windows must be (windows, channels, samples), not {self.x.shape}"
-        elif self.y.shape != (n,) or self.user.shape != (n,):
-            problem = f"{n} windows, but labels {self.y.shape} and users {self.user.shape}"
-        elif not 0 <= self.y.min() <= self.y.max() < len(self.classes):
-            problem = f"labels must be from 0 to {len(self.classes) - 1}"
-        elif not np.isfinite(self.x).all():
-            problem = "a window holds NaN or infinity"
-        else:
-            return
-        raise DataError(f"{source}: {problem}")
+@dataclass(frozen=True)
+class Standardisation:
+    """Scales every channel: (x - mean) / std.
 
-    def standardised(
-        self, rows: NDArray[np.int64]
-    ) -> tuple["WindowDataset", NDArray[np.float32], NDArray[np.float32]]:
-        """Scale every channel to mean 0 and deviation 1 over the given windows.
+    Attributes
+    ----------
+    mean, std : float32 array (channels,)
+        In the units of the channels; a feature vector has a channel for each feature. The
+        deviation of a channel that never changes is 1, so that a test example that differs
+        there stays of its size.
+    """
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, x: NDArray[np.float32], rows: NDArray[np.int64]) -> "Standardisation":
+        """Take mean and deviation of every channel over the given examples.
 
         Parameters
         ----------
+        x : float32 array (examples, channels, ...)
         rows : int64 array (n,)
-            The windows that give the statistics: training windows only.
-
-        Returns
-        -------
-        dataset : WindowDataset
-            The scaled copy.
-        mean, std : float32 array (channels,)
-            The statistics, in the units of the channels.
+            The examples that give the statistics: training examples only.
         """
-        sample = self.x[rows]
-        mean = sample.mean(axis=(0, 2), dtype=np.float64).astype(np.float32)
-        std = sample.std(axis=(0, 2), dtype=np.float64).astype(np.float32) + np.float32(1e-8)
-        scaled = (self.x - mean[:, None]) / std[:, None]
-        return replace(self, x=scaled), mean, std
+        rows = np.sort(rows)  # a map is read fastest in order
+        axes = (0, *range(2, x.ndim))
+        per_channel = len(rows) * x[0, 0].size
+        # Two passes in float64, chunk by chunk: exact, whatever the units, in little memory.
+        total = sum(part.sum(axis=axes, dtype=np.float64) for part in _chunks(x, rows))
+        mean = np.asarray(total / per_channel)
+        squares = sum(
+            np.square(part - _along_channels(mean, part.ndim)).sum(axis=axes)
+            for part in _chunks(x, rows)
+        )
+        std = np.sqrt(np.asarray(squares / per_channel))
+        std[std <= 1e-12 * abs(mean)] = 1.0  # the sum of equal values is rounded, a little
+        return cls(mean.astype(np.float32), std.astype(np.float32) + np.float32(1e-8))
+
+    @classmethod
+    def identity(cls, channels: int) -> "Standardisation":
+        """Leave the values as they are."""
+        return cls(np.zeros(channels, np.float32), np.ones(channels, np.float32))
+
+    def apply(self, x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scale examples (n, channels, ...) in place, and return them."""
+        x -= _along_channels(self.mean, x.ndim)
+        x /= _along_channels(self.std, x.ndim)
+        return x
+
+
+def _along_channels(values: NDArray[Any], ndim: int) -> NDArray[Any]:
+    """Return values (channels,) in a shape that broadcasts over (n, channels, ...)."""
+    return values.reshape(-1, *[1] * (ndim - 2))
+
+
+def _chunks(x: NDArray[np.float32], rows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
+    size = max(1, CHUNK_BYTES // max(1, x[0].nbytes))
+    return (x[rows[i : i + size]] for i in range(0, len(rows), size))
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples as a client sees them: standardised when they are gathered, not before.
+
+    A standardised copy of the whole array would be private to each process.
+    """
+
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    scale: Standardisation
+
+    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        """Return the standardised inputs (n, *shape) and classes (n,) of some rows."""
+        x = self.scale.apply(self.x[rows])
+        return torch.from_numpy(x), torch.from_numpy(self.y[rows])
+
+
+@dataclass(frozen=True)
+class ClientData:
+    """A client's examples, as row numbers of the dataset.
+
+    Attributes
+    ----------
+    train, test : int64 array (n,)
+        Disjoint rows, in ascending order.
+    """
+
+    train: NDArray[np.int64]
+    test: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What the clients of a run hold, known without their windows.
+    """What the clients of a run hold, known without their examples.
 
     Attributes
     ----------
-    num_train, num_test : tuple of int
-        Windows of client 0, 1, ...
-    window_shape : (int, int)
-        Channels and samples.
+    clients : tuple of ClientData
+        The rows of client 0, 1, ...
+    example_shape : tuple of int
     classes : tuple of str
-    mean, std : tuple of float
-        What each channel is standardised with.
+    scales : tuple of Standardisation
+        What client 0, 1, ... standardises its examples with; all the same one unless
+        ``standardise`` is ``"client"``.
+    content : str
+        SHA-256 of the dataset, or of each in turn where nodes hold different ones.
     """
 
-    num_train: tuple[int, ...]
-    num_test: tuple[int, ...]
-    window_shape: tuple[int, int]
+    clients: tuple[ClientData, ...]
+    example_shape: tuple[int, ...]
     classes: tuple[str, ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    scales: Sequence[Standardisation]
+    content: str
+
+    @cached_property
+    def num_train(self) -> tuple[int, ...]:
+        """Training examples of client 0, 1, ..."""
+        return tuple(len(client.train) for client in self.clients)
+
+    @cached_property
+    def num_test(self) -> tuple[int, ...]:
+        """Test examples of client 0, 1, ..."""
+        return tuple(len(client.test) for client in self.clients)

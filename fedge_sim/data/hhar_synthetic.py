@@ -1,12 +1,14 @@
-"""Made-up sensor streams in the form of HHAR: 9 users, 6 activities, no download.
+"""Made-up sensor streams in the form of HHAR: 9 users or more, 6 activities, no download.
 
 Every user repeats each activity with an own amplitude, tempo, orientation of the device,
-sensor bias and noise. Users a..f carry the device one way, users g..i another: its axes are
-turned, and what tells sitting from standing, and climbing from descending, is exchanged. So
-one model for all users suffers, and two models, one for each way to carry the device, do not.
+sensor bias and noise. Two thirds of the users (a..f) carry the device one way, the others
+(g..i) another: its axes are turned, and two pairs of activities are exchanged. So one model
+for all users suffers, and two models, one for each way to carry the device, do not.
 """
 
 from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -14,14 +16,12 @@ from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from fedge_sim.config import AppConfig
-from fedge_sim.data.base import WindowDataset
+from fedge_sim.data.base import Names
+from fedge_sim.data.store import Recipe, StoreWriter
 from fedge_sim.errors import ConfigError
 from fedge_sim.randomness import stream
 
-USERS = tuple("abcdefghi")
 GRAVITY = 9.81  # m/s^2
-# Users from this one on carry the device the other way.
-FIRST_TURNED_USER = 6
 TURN = Rotation.from_euler("xyz", [90.0, 0.0, 90.0], degrees=True)
 SECONDS_PER_ACTIVITY = (60, 100)
 
@@ -76,10 +76,12 @@ class _Person:
     noise: float
 
 
-def load(config: AppConfig) -> WindowDataset:
-    """Make the streams from the seed and cut them into windows.
+def recipe(config: AppConfig) -> Recipe:
+    """Say how the streams are made from the seed and cut into windows, user by user.
 
-    Uses ``sample-rate-hz``, ``window-seconds`` and ``window-stride-seconds``.
+    Uses ``sample-rate-hz``, ``window-seconds``, ``window-stride-seconds``,
+    ``synthetic-clients`` (users) and ``synthetic-windows-per-client`` (0: each activity lasts
+    60 to 100 s).
 
     Raises
     ------
@@ -95,44 +97,74 @@ def load(config: AppConfig) -> WindowDataset:
             f"a window must have at least 2 samples and last at most {SECONDS_PER_ACTIVITY[0]} s",
         )
     stride = max(1, round(config.sample_rate_hz * config.window_stride_seconds))
-    windows, labels, users = [], [], []
-    for user in range(len(USERS)):
-        person = _person(config.seed, user)
-        for label in range(len(ACTIVITIES)):
-            rng = stream(config.seed, "hhar-synthetic/stream", user, label)
-            turned = user >= FIRST_TURNED_USER
-            activity = ACTIVITIES[EXCHANGED[label] if turned else label]
-            recording = _recording(activity, person, config.sample_rate_hz, rng)
-            cut = sliding_window_view(recording, length, axis=1)[:, ::stride]  # (6, n, length)
-            windows.append(cut.transpose(1, 0, 2).astype(np.float32, order="C"))
-            labels.append(np.full(cut.shape[1], label))
-            users.append(np.full(cut.shape[1], user))
-    return WindowDataset(
-        x=np.concatenate(windows),
-        y=np.concatenate(labels),
-        user=np.concatenate(users),
-        users=USERS,
-        classes=tuple(activity.name for activity in ACTIVITIES),
+    num_users, num_windows = config.synthetic_clients, config.synthetic_windows_per_client
+
+    def write(writer: StoreWriter) -> tuple[Names, dict[str, Any]]:
+        for user in range(num_users):
+            writer.tell("making users", user / num_users)
+            turned = user >= num_users * 2 // 3
+            person = _person(config.seed, user, turned)
+            for label in range(len(ACTIVITIES)):
+                rng = stream(config.seed, "hhar-synthetic/stream", user, label)
+                activity = ACTIVITIES[EXCHANGED[label] if turned else label]
+                if num_windows:
+                    n = num_windows // len(ACTIVITIES) + (label < num_windows % len(ACTIVITIES))
+                    if n == 0:
+                        continue
+                    samples = (n - 1) * stride + length
+                else:
+                    samples = int(rng.uniform(*SECONDS_PER_ACTIVITY) * config.sample_rate_hz)
+                recording = _recording(activity, person, samples, config.sample_rate_hz, rng)
+                cut = sliding_window_view(recording, length, axis=1)[:, ::stride]  # (6, n, length)
+                writer.add(
+                    cut.transpose(1, 0, 2).astype(np.float32, order="C"),
+                    np.full(cut.shape[1], label),
+                    user=user,
+                    recording=user * len(ACTIVITIES) + label,
+                    position=np.arange(cut.shape[1]) * stride,
+                )
+        classes = tuple(activity.name for activity in ACTIVITIES)
+        return Names(classes, users=tuple(user_names(num_users))), {}
+
+    return Recipe(
+        dataset="hhar-synthetic",
+        settings={
+            "seed": config.seed,
+            "rate_hz": config.sample_rate_hz,
+            "length": length,
+            "stride": stride,
+            "users": num_users,
+            "windows_per_user": num_windows,
+        },
+        files=(),
+        write=write,
     )
 
 
-def _person(seed: int, user: int) -> _Person:
+def user_names(num_users: int) -> list[str]:
+    """Name users a, b, ... as HHAR does, or by number where letters do not suffice."""
+    if num_users <= len(ascii_lowercase):
+        return list(ascii_lowercase[:num_users])
+    digits = len(str(num_users - 1))
+    return [f"{user:0{digits}d}" for user in range(num_users)]
+
+
+def _person(seed: int, user: int, turned: bool) -> _Person:
     rng = stream(seed, "hhar-synthetic/person", user)
     own = Rotation.from_rotvec(rng.normal(0.0, np.radians(8.0), size=3))
     return _Person(
         amplitude=float(np.exp(rng.normal(0.0, 0.15))),
         tempo=float(np.exp(rng.normal(0.0, 0.05))),
-        orientation=own * TURN if user >= FIRST_TURNED_USER else own,
+        orientation=own * TURN if turned else own,
         bias=rng.normal(0.0, [0.2] * 3 + [0.05] * 3),
         noise=float(rng.uniform(1.6, 2.4)),
     )
 
 
 def _recording(
-    activity: Activity, person: _Person, rate_hz: int, rng: np.random.Generator
+    activity: Activity, person: _Person, samples: int, rate_hz: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Return the stream (6, samples) of one user who does one activity for a while."""
-    samples = int(rng.uniform(*SECONDS_PER_ACTIVITY) * rate_hz)
     # Tempo, strength and posture wander while the activity goes on.
     tempo = activity.tempo * person.tempo * np.exp(_wander(samples, rate_hz, 0.10, rng))
     strength = person.amplitude * np.exp(_wander(samples, rate_hz, 0.25, rng))

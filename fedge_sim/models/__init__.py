@@ -1,33 +1,67 @@
 """Networks by name. A new one is a file here and a line in ``MODELS``."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from fedge_sim.errors import ConfigError, suggest
 from fedge_sim.models.cnn1d import CNN1D
+from fedge_sim.models.cnn2d import CNN2D
 from fedge_sim.models.mlp import MLP
+from fedge_sim.models.resnet18 import ResNet18
 
-MODELS: dict[str, Callable[[tuple[int, int], int], nn.Module]] = {
-    "cnn1d": CNN1D,
-    "mlp": MLP,
+
+class Model(NamedTuple):
+    """A network in the registry.
+
+    Attributes
+    ----------
+    build : callable
+        From the shape of an example and the number of classes to a module.
+    takes : str
+        The examples that it is made for.
+    num_axes : int
+        Of an example; 0 if any will do.
+    """
+
+    build: Callable[[tuple[int, ...], int], nn.Module]
+    takes: str
+    num_axes: int
+
+
+MODELS = {
+    "cnn1d": Model(CNN1D, "windows (channels, samples)", 2),
+    "cnn2d": Model(CNN2D, "images (channels, height, width)", 3),
+    "mlp": Model(MLP, "examples of any shape", 0),
+    "resnet18": Model(ResNet18, "images (channels, height, width)", 3),
 }
 
 
-def build_model(name: str, window_shape: tuple[int, int], num_classes: int) -> nn.Module:
-    """Build a network for windows of the given (channels, samples).
+def build_model(name: str, example_shape: tuple[int, ...], num_classes: int) -> nn.Module:
+    """Build a network for examples of the given shape.
 
     Its values are arbitrary: load arrays into it, or call :func:`initialise`.
 
     Raises
     ------
     ConfigError
-        If no network has this name.
+        If no network has this name, or it is not made for such examples.
     """
     if name not in MODELS:
         raise ConfigError.at("app.config", "model", name, f"unknown; {suggest(name, MODELS)}")
-    return MODELS[name](window_shape, num_classes)
+    model = MODELS[name]
+    if model.num_axes not in (0, len(example_shape)):
+        fitting = [n for n, m in MODELS.items() if m.num_axes in (0, len(example_shape))]
+        raise ConfigError.at(
+            "app.config",
+            "model",
+            name,
+            f"takes {model.takes}, but the dataset's examples are {tuple(example_shape)}; "
+            f"allowed: {', '.join(fitting)}",
+        )
+    return model.build(example_shape, num_classes)
 
 
 @torch.no_grad()

@@ -25,14 +25,14 @@ class CNN1D(nn.Module):
 
     Parameters
     ----------
-    window_shape : (int, int)
+    example_shape : (int, int)
         Channels and samples of a window; any number of samples will do.
     num_classes : int
     """
 
-    def __init__(self, window_shape: tuple[int, int], num_classes: int) -> None:
+    def __init__(self, example_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.conv1 = TimeConv(window_shape[0], WIDTH, KERNEL, padding=KERNEL // 2)
+        self.conv1 = TimeConv(example_shape[0], WIDTH, KERNEL, padding=KERNEL // 2)
         self.bn1 = nn.BatchNorm2d(WIDTH)
         self.conv2 = TimeConv(WIDTH, WIDTH, KERNEL, padding=KERNEL // 2)
         self.bn2 = nn.BatchNorm2d(WIDTH)

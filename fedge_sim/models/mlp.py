@@ -1,4 +1,6 @@
-"""A multi-layer perceptron on the flattened window: two hidden layers and a linear head."""
+"""A multi-layer perceptron on the flattened example: two hidden layers and a linear head."""
+
+import math
 
 from torch import Tensor, nn
 
@@ -10,20 +12,20 @@ class MLP(nn.Module):
 
     Parameters
     ----------
-    window_shape : (int, int)
-        Channels and samples of a window.
+    example_shape : tuple of int
+        Of any length.
     num_classes : int
     """
 
-    def __init__(self, window_shape: tuple[int, int], num_classes: int) -> None:
+    def __init__(self, example_shape: tuple[int, ...], num_classes: int) -> None:
         super().__init__()
-        self.hidden1 = nn.Linear(window_shape[0] * window_shape[1], HIDDEN[0])
+        self.hidden1 = nn.Linear(math.prod(example_shape), HIDDEN[0])
         self.hidden2 = nn.Linear(*HIDDEN)
         self.head = nn.Linear(HIDDEN[1], num_classes)
 
-    def forward(self, x_BCT: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Return the logits (B, num_classes)."""
-        x = self.hidden1(x_BCT.flatten(1)).relu()
+        x = self.hidden1(x.flatten(1)).relu()
         x = self.hidden2(x).relu()
         logits: Tensor = self.head(x)
         return logits

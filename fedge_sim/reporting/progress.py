@@ -48,13 +48,11 @@ class ConsoleReporter(Callback):
         """Say what runs, and start the bar."""
         settings, h = info.settings, info.settings.hierarchy
         log.info(
-            "%s on %s, seed %d: %d leaf servers, %d clients, %d training windows, %d parameters",
-            settings.data.model,
-            settings.data.dataset,
-            settings.seed,
-            h.num_servers,
-            h.num_clients,
-            sum(info.data.num_train),
+            "%s on %s, seed %d: %d leaf servers, %d clients, %d training examples (partition %s, "
+            "split %s, standardise %s), %d parameters",
+            *(settings.data.model, settings.data.dataset, settings.seed),
+            *(h.num_servers, h.num_clients, sum(info.data.num_train)),
+            *(settings.data.partition, settings.data.split, settings.data.standardise),
             info.num_parameters,
         )
         log.info("results: %s", info.folder)
@@ -104,8 +102,11 @@ class ConsoleReporter(Callback):
     def on_run_end(self, last: RoundRecord) -> None:
         """Print a table by leaf and cluster, the totals, and where the results are."""
         self.close()
-        table = Table(title=f"after global round {last.global_round} (accuracy on test windows)")
-        for name in ("leaf server", "cluster", "clients", "training windows", "leaf", "cloud"):
+        table = Table(
+            title=f"after global round {last.global_round} (accuracy on test examples, "
+            f"{self._settings.data.split} split)"
+        )
+        for name in ("leaf server", "cluster", "clients", "training examples", "leaf", "cloud"):
             table.add_column(name, justify="right")
         for leaf in last.leaves:
             table.add_row(

@@ -39,6 +39,7 @@ class TableWriter(Callback):
                 "settings": info.settings.model_dump(mode="json", by_alias=True),
                 "num_parameters": info.num_parameters,
                 "classes": info.data.classes,
+                "dataset_sha256": info.data.content,
                 "clients": [
                     {
                         "client": client,
@@ -55,6 +56,7 @@ class TableWriter(Callback):
                 },
             },
         )
+        write_json(info.folder / "partition.json", partition_of(info), indent=None)
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Add the round to every file."""
@@ -86,6 +88,21 @@ class TableWriter(Callback):
         write_json(self._clusters / f"clusters_g{g}.json", entry)
         self._history.append(entry)
         write_json(self._metrics / "cluster_history.json", self._history)
+
+
+def partition_of(info: RunInfo) -> dict[str, dict[str, list[int]]]:
+    """Return the rows of the dataset by server and client, as ``partition-file`` takes them.
+
+    Training and test rows together: the split follows from them, the seed and ``split``.
+    """
+    return {
+        str(leaf): {
+            str(client): sorted([*own.train.tolist(), *own.test.tolist()])
+            for client in clients
+            for own in [info.data.clients[client]]
+        }
+        for leaf, clients in enumerate(info.settings.hierarchy.leaf_clients)
+    }
 
 
 def distributed_row(record: RoundRecord) -> dict[str, Any]:
@@ -197,10 +214,10 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
     ]
 
 
-def write_json(file: Path, value: object) -> None:
+def write_json(file: Path, value: object, indent: int | None = 1) -> None:
     """Write JSON aside and rename it, so that a reader never sees half a file."""
     aside = file.with_suffix(".tmp")
-    aside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(value, indent=indent) + "\n", encoding="utf-8")
     aside.replace(file)
 
 

@@ -8,14 +8,16 @@ from fedge_sim.algorithms import Arrays
 from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
 from fedge_sim.reporting.tables import write_json
 
-# How to load a model: the capital names stand for this file's values, FILE for a file beside it,
-# x is a float32 tensor (windows, channels, samples) in the units of the sensors.
+# How to load a model: the capital names stand for this file's values (MEAN and STD for those of
+# one client where each has its own), FILE for a file beside it,
+# x is a float32 tensor (examples, channels, ...) in the units of the dataset.
 LOAD = (
     "import torch; from fedge_sim.models import build_model; "
     "from safetensors.torch import load_file; "
-    "model = build_model(NAME, WINDOW_SHAPE, NUM_CLASSES); "
+    "model = build_model(NAME, EXAMPLE_SHAPE, NUM_CLASSES); "
     "model.load_state_dict(load_file(FILE)); model.eval(); "
-    "logits = model((x - torch.tensor(MEAN)[:, None]) / torch.tensor(STD)[:, None])"
+    "mean, std = (torch.tensor(v).view(-1, *[1] * (x.dim() - 2)) for v in (MEAN, STD)); "
+    "logits = model((x - mean) / std)"
 )
 
 
@@ -28,11 +30,11 @@ class WeightWriter(Callback):
         self._folder.mkdir()
         self._form = {
             "name": info.settings.data.model,
-            "window_shape": info.data.window_shape,
+            "example_shape": info.data.example_shape,
             "num_classes": len(info.data.classes),
             "classes": info.data.classes,
-            "mean": info.data.mean,
-            "std": info.data.std,
+            "standardise": info.settings.data.standardise,
+            **_scales(info),
         }
 
     def on_round_end(self, record: RoundRecord) -> None:
@@ -56,6 +58,17 @@ class WeightWriter(Callback):
         for file in self._folder.glob("cluster_*.safetensors"):
             if int(file.stem.removeprefix("cluster_")) >= len(state.cluster_models):
                 file.unlink()
+
+
+def _scales(info: RunInfo) -> dict[str, object]:
+    """Return mean and deviation of the channels: of all clients, or by client if they differ."""
+    scales = info.data.scales
+    if info.settings.data.standardise != "client":
+        return {"mean": scales[0].mean.tolist(), "std": scales[0].std.tolist()}
+    return {
+        "mean": {client: scale.mean.tolist() for client, scale in enumerate(scales)},
+        "std": {client: scale.std.tolist() for client, scale in enumerate(scales)},
+    }
 
 
 def _save(file: Path, model: Arrays) -> None:

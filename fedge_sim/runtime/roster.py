@@ -121,27 +121,26 @@ def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSum
         for node, clients in clients_of.items()
     ]
     answers = _contents(grid.send_and_receive(questions), clients_of)
-    sizes: dict[int, tuple[int, int]] = {}
-    forms = []
-    for node, clients in clients_of.items():
-        answer = answers[node]
-        if records.ERROR in answer:
-            raise DataError(answer[records.ERROR])
-        sizes |= zip(
-            clients, zip(answer["num-train"], answer["num-test"], strict=True), strict=True
-        )
-        forms.append((answer["window-shape"], answer["classes"]))
-    if any(form != forms[0] for form in forms):
-        raise DataError(f"nodes hold data of different forms: {forms}")
-    first = answers[next(iter(clients_of))]
-    channels, samples = first["window-shape"]
+    parts: dict[int, DataSummary] = {}
+    for node in clients_of:
+        if records.ERROR in answers[node]:
+            raise DataError(answers[node][records.ERROR])
+        parts[node] = records.description(answers[node])
+    forms = {(part.example_shape, part.classes) for part in parts.values()}
+    if len(forms) > 1:
+        raise DataError(f"nodes hold data of different forms: {sorted(forms)}")
+    by_client = {
+        client: (parts[node].clients[place], parts[node].scales[place])
+        for node, clients in clients_of.items()
+        for place, client in enumerate(clients)
+    }
+    example_shape, classes = forms.pop()
     return DataSummary(
-        num_train=tuple(sizes[client][0] for client in sorted(sizes)),
-        num_test=tuple(sizes[client][1] for client in sorted(sizes)),
-        window_shape=(channels, samples),
-        classes=tuple(first["classes"]),
-        mean=tuple(first["mean"]),
-        std=tuple(first["std"]),
+        clients=tuple(by_client[client][0] for client in sorted(by_client)),
+        example_shape=example_shape,
+        classes=classes,
+        scales=tuple(by_client[client][1] for client in sorted(by_client)),
+        content=" ".join(dict.fromkeys(part.content for part in parts.values())),
     )
 
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
+
+from fedge_sim.data.base import Examples
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class TrainSettings:
 class TrainResult:
     """What training did: steps taken, mean loss of the last epoch, seconds of computation.
 
-    The loss is that of the windows, without the proximal term.
+    The loss is that of the examples, without the proximal term.
     """
 
     steps: int
@@ -55,7 +57,7 @@ class TrainResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean cross-entropy (nats, no smoothing) and share of right answers over some windows."""
+    """Mean cross-entropy (nats, no smoothing) and share of right answers over some examples."""
 
     loss: float
     accuracy: float
@@ -64,26 +66,24 @@ class Evaluation:
 
 def train(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    examples: Examples,
     rows: NDArray[np.int64],
     settings: TrainSettings,
     order: np.random.Generator,
 ) -> TrainResult:
-    """Train a model in place on one client's windows.
+    """Train a model in place on one client's examples.
 
     Parameters
     ----------
     model : nn.Module
         Holds the start values.
-    x : float32 tensor (windows, channels, samples)
-    y : int64 tensor (windows,)
+    examples : Examples
     rows : int64 array (n,)
-        The client's training windows, rows of ``x`` and ``y``.
+        The client's training examples.
     settings : TrainSettings
     order : numpy Generator
-        Draws the order of the windows, anew in every epoch. The last batch of an epoch may
-        be short; if one window is left over, it is skipped (BatchNorm needs two).
+        Draws the order of the examples, anew in every epoch. The last batch of an epoch may
+        be short; if one example is left over, it is skipped (BatchNorm needs two).
     """
     started = time.perf_counter()
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -98,13 +98,13 @@ def train(
     steps, loss_sum, seen = 0, torch.zeros(()), 0
     for _ in range(settings.local_epochs):
         loss_sum, seen = torch.zeros(()), 0
-        shuffled = torch.from_numpy(order.permutation(rows))
-        for batch in torch.split(shuffled, settings.batch_size):
+        shuffled = order.permutation(rows)
+        for begin in range(0, len(rows), settings.batch_size):
+            batch = shuffled[begin : begin + settings.batch_size]
             if len(batch) == 1 and len(rows) > 1:
                 continue
-            loss = functional.cross_entropy(
-                model(x[batch]), y[batch], label_smoothing=settings.label_smoothing
-            )
+            x, y = examples.batch(batch)
+            loss = functional.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             if settings.prox_mu > 0:  # the gradient of mu/2 ||w - w_start||^2
@@ -126,13 +126,14 @@ def train(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, x: Tensor, y: Tensor, rows: NDArray[np.int64], batch_size: int = 64
+    model: nn.Module, examples: Examples, rows: NDArray[np.int64], batch_size: int = 64
 ) -> Evaluation:
-    """Evaluate a model on some windows; parameters as in :func:`train`."""
+    """Evaluate a model on some examples; parameters as in :func:`train`."""
     model.eval()
     loss_sum, right = 0.0, 0
-    for batch in torch.split(torch.from_numpy(rows), batch_size):
-        logits, target = model(x[batch]), y[batch]
+    for begin in range(0, len(rows), batch_size):
+        x, target = examples.batch(rows[begin : begin + batch_size])
+        logits = model(x)
         loss_sum += float(functional.cross_entropy(logits, target, reduction="sum"))
         right += int((logits.argmax(dim=1) == target).sum())
     n = max(len(rows), 1)
@@ -140,7 +141,7 @@ def evaluate(
 
 
 def pool(parts: Iterable[Evaluation]) -> Evaluation:
-    """Return the evaluation on all windows of the parts together; NaN if there are none."""
+    """Return the evaluation on all examples of the parts together; NaN if there are none."""
     parts = list(parts)
     n = sum(part.num_examples for part in parts)
     if n == 0:

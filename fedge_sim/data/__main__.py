@@ -1,0 +1,193 @@
+"""``python -m fedge_sim.data``: make a dataset's store ahead of a run, and see what is in it."""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from fedge_sim.config import Settings, environment_seed, load_settings
+from fedge_sim.data import FederatedData, federate, load_dataset
+from fedge_sim.data.base import Dataset
+from fedge_sim.errors import FedgeError
+
+MOST_ROWS = 60  # of a table; the totals are of all
+EXAMPLE = "for example hhar, uci-har, cifar10, digits, arrays, hhar-synthetic"
+
+DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help=f"The dataset, {EXAMPLE}.")]
+DataRoot = Annotated[Path | None, typer.Option(help="The file or folder that it is read from.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file with tool.flwr tables, as for a run.")]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.KEY=VALUE",
+        help="Override a setting, for example --set app.config.use-watches=false; repeatable.",
+    ),
+]
+
+app = typer.Typer(add_completion=False, help=__doc__)
+
+
+@app.command()
+def prepare(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Make the dataset's store, once, and print its examples by user and class."""
+    with _console() as console:
+        _show(console, _settings(dataset, data_root, config, assignments))
+
+
+@app.command()
+def describe(
+    dataset: DatasetName,
+    data_root: DataRoot = None,
+    config: Config = None,
+    assignments: Assignments = None,
+) -> None:
+    """Print the examples by user and class, and how unlike the clients of a run would be."""
+    with _console() as console:
+        settings = _settings(dataset, data_root, config, assignments)
+        _show(console, settings)
+        data = federate(settings)
+        distance, sizes = label_distance(data), client_sizes(data)
+        console.print(_client_table(data, settings, distance))
+        console.print(
+            f"distance: mean {distance.mean():.3f}, largest {distance.max():.3f} (total variation "
+            "of the shares of classes to those of all clients: 0 the same, 1 no class in common)\n"
+            f"examples of a client: {sizes.min():,} to {sizes.max():,}, a factor of "
+            f"{sizes.max() / sizes.min():.1f}; {sizes.sum():,} of {len(data.dataset):,} are used",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def label_distance(data: FederatedData) -> NDArray[np.float64]:
+    """Return how far each client's shares of classes are from those of all clients together.
+
+    Returns
+    -------
+    float64 array (clients,)
+        Total variation distance, half the sum of absolute differences: 0 to 1.
+    """
+    counts = np.stack(
+        [
+            np.bincount(data.dataset.y[rows], minlength=len(data.classes))
+            for rows in (np.concatenate([c.train, c.test]) for c in data.clients)
+        ]
+    )
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    overall = counts.sum(axis=0) / counts.sum()
+    return np.asarray(abs(shares - overall).sum(axis=1) / 2)
+
+
+def client_sizes(data: FederatedData) -> NDArray[np.int64]:
+    """Return the examples of each client, for training and testing together."""
+    return np.array([len(client.train) + len(client.test) for client in data.clients])
+
+
+@contextmanager
+def _console() -> Iterator[Console]:
+    """Log to a console, and end with one line and an exit code on a user's mistake."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
+    # Warnings say what was left out; the progress bar shows the rest.
+    handler = RichHandler(console=console, show_path=False, show_time=False)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    try:
+        yield console
+    except FedgeError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+
+
+def _settings(
+    dataset: str, data_root: Path | None, config: Path | None, assignments: Sequence[str] | None
+) -> Settings:
+    own = [f"app.config.dataset={dataset}"]
+    if data_root is not None:
+        own.append(f"app.config.data-root={json.dumps(str(data_root))}")  # quoted as TOML does
+
+    return load_settings(config, assignments=[*(assignments or []), *own], seed=environment_seed())
+
+
+def _show(console: Console, settings: Settings) -> None:
+    """Open the dataset, with a progress bar while its store is made, and print its table."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("opening", total=1.0)
+        dataset = load_dataset(
+            settings.data,
+            lambda what, share: progress.update(task, description=what, completed=share),
+        )
+    console.print(_user_table(dataset, settings.data.dataset))
+    for file in dataset.report.get("files", []):
+        console.print(_reading(file), highlight=False, soft_wrap=True)
+
+
+def _reading(file: Mapping[str, Any]) -> str:
+    """Say what was read from a file of HHAR, and what of it was left out."""
+    unknown = ", ".join(f"{label!r} {n:,}" for label, n in file["unknown_labels"].items())
+    return (
+        f"{file['file']}: {file['rows']:,} rows; left out: {file['null_labels']:,} labelled null, "
+        f"{file['bad_rows']:,} without time, reading or name, unknown labels: {unknown or 'none'}"
+    )
+
+
+def _user_table(dataset: Dataset, name: str) -> Table:
+    classes, users = dataset.names.classes, dataset.names.users
+    table = Table(
+        title=f"{name}: {len(dataset):,} examples {dataset.example_shape}, by user and class"
+    )
+    for header in ("user", *classes, "all"):
+        table.add_column(header, justify="right")
+    codes = dataset.user.astype(np.int64) * len(classes) + dataset.y
+    if users:
+        counts = np.bincount(codes, minlength=len(users) * len(classes))
+        for user, row in list(zip(users, counts.reshape(-1, len(classes)), strict=True))[
+            :MOST_ROWS
+        ]:
+            table.add_row(user, *(f"{n:,}" for n in (*row, row.sum())))
+    if len(users) > MOST_ROWS:
+        table.add_row(f"{len(users) - MOST_ROWS} more")
+    total = np.bincount(dataset.y, minlength=len(classes))
+    table.add_section()
+    table.add_row("all", *(f"{n:,}" for n in (*total, total.sum())))
+    return table
+
+
+def _client_table(data: FederatedData, settings: Settings, distance: NDArray[np.float64]) -> Table:
+    config = settings.data
+    table = Table(
+        title=f"partition {config.partition}, split {config.split}, seed {settings.seed}: clients"
+    )
+    for header in ("leaf", "client", "training", "test", "distance", *data.classes):
+        table.add_column(header, justify="right")
+    servers = [leaf for leaf, own in enumerate(settings.hierarchy.leaf_clients) for _ in own]
+    for client, own in enumerate(data.clients[:MOST_ROWS]):
+        labels = data.dataset.y[np.concatenate([own.train, own.test])]
+        counts = np.bincount(labels, minlength=len(data.classes))
+        numbers = (servers[client], client, len(own.train), len(own.test))
+        table.add_row(
+            *(f"{n:,}" for n in numbers), f"{distance[client]:.3f}", *(f"{n:,}" for n in counts)
+        )
+    if len(data.clients) > MOST_ROWS:
+        table.add_row(f"{len(data.clients) - MOST_ROWS} more")
+    return table
+
+
+if __name__ == "__main__":
+    app()

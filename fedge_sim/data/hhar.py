@@ -1,0 +1,201 @@
+"""HHAR (Stisen et al., SenSys 2015): phones and watches of 9 people, 6 activities.
+
+The four CSV files are read once, in blocks; rows go to one scratch file for each user, device
+and sensor, and then become windows device by device, so memory does not grow with the files.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedge_sim.config import AppConfig
+from fedge_sim.data.base import Names
+from fedge_sim.data.hhar_csv import CLASSES, FileReport, Key, read_sensor_file
+from fedge_sim.data.resampling import ROW, Rows, Stream, clean, join, windows
+from fedge_sim.data.store import Recipe, StoreWriter
+from fedge_sim.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
+
+SENSORS = ("accelerometer", "gyroscope")
+FOLDER = "Activity recognition exp"  # what the archive unpacks to
+MOST_LISTED = 20  # unknown labels in a warning; the manifest has them all
+READING_SHARE = 0.8  # of the time that the whole takes
+
+
+def recipe(config: AppConfig) -> Recipe:
+    """Say how HHAR becomes a store; ``data-root`` is the folder of the CSV files.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If a window would have fewer than 2 samples, or a file is missing.
+    """
+    length = round(config.sample_rate_hz * config.window_seconds)
+    if length < 2:
+        raise ConfigError.at(
+            "app.config",
+            "window-seconds",
+            config.window_seconds,
+            "a window must have at least 2 samples at this sample-rate-hz",
+        )
+    stride = max(1, round(config.sample_rate_hz * config.window_stride_seconds))
+    files = {sensor: _files(config, sensor) for sensor in SENSORS}
+
+    def write(writer: StoreWriter) -> tuple[Names, Mapping[str, Any]]:
+        scattered, reports = _scatter(files, writer)
+        names, devices = _write_windows(scattered, writer, config.sample_rate_hz, length, stride)
+        return names, {"files": [asdict(report) for report in reports], "devices": devices}
+
+    return Recipe(
+        dataset="hhar",
+        settings={"rate_hz": config.sample_rate_hz, "length": length, "stride": stride},
+        files=tuple(file for sensor in SENSORS for file in files[sensor]),
+        write=write,
+    )
+
+
+def _files(config: AppConfig, sensor: str) -> list[Path]:
+    """Find a sensor's files of phones, and watches if asked; copies may have a prefix."""
+    root = Path(config.data_root)
+    if (root / FOLDER).is_dir():
+        root = root / FOLDER
+    found = []
+    for kind in ("Phones", "Watch") if config.use_watches else ("Phones",):
+        name = f"{kind}_{sensor}.csv"
+        files = [root / name] if (root / name).is_file() else sorted(root.glob(f"*_{name}"))
+        if not files:
+            hint = ", or set use-watches = false" if kind == "Watch" else ""
+            raise DataError(
+                f'[app.config] data-root = "{config.data_root}": dataset "hhar" needs the file '
+                f"{name}, which is not there; set data-root to the unpacked folder (an absolute "
+                f"path under flwr run), get the files with scripts/download_hhar.py{hint}"
+            )
+        found += files
+    return found
+
+
+Scattered = Mapping[Key, Mapping[str, Path]]
+
+
+def _scatter(
+    files: Mapping[str, list[Path]], writer: StoreWriter
+) -> tuple[Scattered, list[FileReport]]:
+    """Read all files, and append the rows to one scratch file for each device and sensor."""
+    scattered: defaultdict[Key, dict[str, Path]] = defaultdict(dict)
+    jobs = [(sensor, file) for sensor in SENSORS for file in files[sensor]]
+    sizes = [file.stat().st_size for _, file in jobs]
+    reports, done, numbers = [], 0, count()
+    for (sensor, file), size in zip(jobs, sizes, strict=True):
+        report = FileReport(file.name)
+        for key, rows, share in read_sensor_file(file, report):
+            path = scattered[key].setdefault(sensor, writer.scratch / f"{next(numbers)}.rows")
+            with path.open("ab") as stream:
+                stream.write(rows.data)
+            writer.tell(file.name, READING_SHARE * (done + share * size) / sum(sizes))
+        done += size
+        reports.append(report)
+        _log_left_out(file, report)
+    return scattered, reports
+
+
+def _log_left_out(file: Path, report: FileReport) -> None:
+    if report.bad_rows:
+        log.warning(
+            "%s: %d of %d rows have no time, reading, user, model or device; left out",
+            *(file, report.bad_rows, report.rows),
+        )
+    if report.unknown_labels:
+        some = sorted(report.unknown_labels.items(), key=lambda pair: (-pair[1], pair[0]))
+        listed = ", ".join(f"{label!r} ({n})" for label, n in some[:MOST_LISTED])
+        log.warning("%s: rows with unknown labels left out: %s", file, listed)
+
+
+def _write_windows(
+    scattered: Scattered, writer: StoreWriter, rate_hz: int, length: int, stride: int
+) -> tuple[Names, list[dict[str, Any]]]:
+    """Make the windows of every device, and report what each gave."""
+    codes: tuple[dict[str, int], ...] = ({}, {}, {})
+    devices, recordings = [], 0
+    for number, key in enumerate(sorted(scattered)):
+        writer.tell(f"windows of user {key.user}", _share(number / len(scattered)))
+        entry: dict[str, Any] = {**key._asdict(), "windows": 0}
+        devices.append(entry)
+        streams = dict(_streams(scattered[key], entry))
+        if len(streams) < len(SENSORS):
+            continue
+        acc, gyro = (streams[sensor] for sensor in SENSORS)
+        for recording in join(acc, gyro, rate_hz, least=length):
+            x, y, position = windows(recording, length, stride, len(CLASSES))
+            # Devices come sorted by user, so users get their codes in sorted order.
+            user, model, device = (
+                known.setdefault(name, len(known)) for known, name in zip(codes, key, strict=True)
+            )
+            writer.add(
+                *(x, y),
+                user=user,
+                model=model,
+                device=device,
+                recording=recordings,
+                position=position,
+            )
+            recordings += 1
+            entry["windows"] += len(y)
+    _log_devices(devices)
+    if recordings == 0:
+        raise DataError(
+            f"hhar: no window of {length} samples in {len(scattered)} devices: none has both "
+            "sensors recorded together for so long without a gap of more than 0.5 s; "
+            "check the files, or shorten window-seconds"
+        )
+    return Names(CLASSES, *(tuple(names) for names in codes)), devices
+
+
+def _share(of_windows: float) -> float:
+    return READING_SHARE + (1 - READING_SHARE) * of_windows
+
+
+def _streams(files: Mapping[str, Path], entry: dict[str, Any]) -> Iterator[tuple[str, Stream]]:
+    """Clean the sensors of one device, and report on each."""
+    for sensor in SENSORS:
+        if sensor not in files:
+            entry["problem"] = f"no {sensor}"
+            continue
+        rows: Rows = np.fromfile(files[sensor], ROW)
+        stream = clean(rows)
+        entry[sensor] = {
+            "rows": len(rows),
+            "recorded_twice": stream.num_double,
+            "same_time": stream.num_same_time,
+            "pieces": len(stream.starts),
+        }
+        yield sensor, stream
+
+
+def _log_devices(devices: list[dict[str, Any]]) -> None:
+    """Say what was left out, one line for each reason; the store's manifest has it by device."""
+    without: defaultdict[str, list[str]] = defaultdict(list)
+    for entry in devices:
+        if entry["windows"] == 0:
+            problem = entry.get("problem", "never both sensors for as long as a window")
+            without[problem].append(f"{entry['user']}/{entry['device']}")
+    for problem, names in without.items():
+        log.warning("user/device left out, %s: %s", problem, ", ".join(names))
+    double = sum(entry[s]["recorded_twice"] for entry in devices for s in SENSORS if s in entry)
+    if double:
+        log.warning(
+            "%d rows left out, at times that were recorded already: a clock was set back, or "
+            "files hold a recording twice",
+            double,
+        )
+    users: defaultdict[str, int] = defaultdict(int)
+    for entry in devices:
+        users[entry["user"]] += entry["windows"]
+    if none := [user for user, windows_of in users.items() if windows_of == 0]:
+        log.warning("users without any window, so in no client: %s", ", ".join(none))

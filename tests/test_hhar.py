@@ -1,0 +1,462 @@
+"""The HHAR reader: real files with real damage, invented damage, and what windows must hold."""
+
+import logging
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from fedge_sim.config import load_settings
+from fedge_sim.data import load_dataset
+from fedge_sim.data.hhar_csv import CLASSES, COLUMNS, LABELS, FileReport, Key, read_sensor_file
+from fedge_sim.data.resampling import MAX_GAP, UNKNOWN, clean
+from fedge_sim.errors import DataError, FedgeError
+from tests.conftest import ROOT, Keep, clean_environment, run
+
+HEADER = ",".join(COLUMNS)
+MS = 1_000_000
+
+
+def read(file: Path):
+    """Return a file's report and its rows by key."""
+    report, parts = FileReport(file.name), {}
+    for key, rows, share in read_sensor_file(file, report):
+        parts.setdefault(key, []).append(rows)
+        assert 0 < share <= 1
+    return report, {key: np.concatenate(own) for key, own in parts.items()}
+
+
+def line(index, ms, *, ns=None, xyz=(0.5, 9.8, -1.0), user="a", device="nexus4_1", gt="walk"):
+    ns = ms * MS if ns is None else ns
+    model = device.partition("_")[0]
+    return ",".join(map(str, (index, ms, ns, *xyz, user, model, device, gt)))
+
+
+def write_set(folder: Path, accelerometer: str, gyroscope: str, kind="Phones") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{kind}_accelerometer.csv").write_text(accelerometer)
+    (folder / f"{kind}_gyroscope.csv").write_text(gyroscope)
+    return folder
+
+
+def steady(seconds: float, *, start_ms=1_000_000, rate=100, **rest) -> list[str]:
+    step = 1000 / rate
+    return [line(i, start_ms + round(i * step), **rest) for i in range(round(seconds * rate))]
+
+
+def table(*parts: list[str]) -> str:
+    return "\n".join([HEADER, *(row for part in parts for row in part)]) + "\n"
+
+
+def hhar(folder: Path, *assignments: str):
+    own = ["app.config.dataset=hhar", f"app.config.data-root={folder}"]
+    return load_settings(assignments=[*own, "app.config.use-watches=false", *assignments])
+
+
+# ------------------------------------------------------------------------- the real files
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "null", "creation_known"),
+    [
+        ("paipradeep_Phones_accelerometer.csv", 7008, 1001, False),
+        ("paipradeep_Phones_gyroscope.csv", 7008, 1001, False),
+        ("rdavilao_Phones_accelerometer.csv", 10000, 0, True),
+        ("rdavilao_Phones_gyroscope.csv", 10000, 0, True),
+        ("rdavilao_Watch_accelerometer.csv", 10000, 344, True),
+        ("rdavilao_Watch_gyroscope.csv", 10000, 343, True),
+    ],
+)
+def test_every_excerpt_is_read(shared, name, rows, null, creation_known):
+    file = shared / "data" / "hhar_excerpt" / name
+    report, parts = read(file)
+    assert (report.rows, report.bad_rows, report.null_labels) == (rows, 0, null)
+    assert not report.unknown_labels
+    (own,) = parts.values()
+    assert len(own) == rows - null
+    assert ((own["creation"] != UNKNOWN).all(), (own["creation"] == UNKNOWN).all()) == (
+        creation_known,
+        not creation_known,
+    )
+    # the first labelled row, read by hand
+    lines = [re.split(r"[,\t]", text) for text in file.read_text().splitlines()]
+    cells = next(cells for cells in lines if cells[-1] in LABELS)
+    assert int(own["arrival"][0]) == int(cells[1]) * MS
+    np.testing.assert_array_equal(own["xyz"][0], np.array(cells[3:6], np.float32))
+    assert own["label"][0] == LABELS[cells[9]]
+
+
+def test_a_folder_of_excerpts_becomes_windows_without_any_flag(shared):
+    config = load_settings(
+        assignments=[
+            "app.config.dataset=hhar",
+            f"app.config.data-root={shared / 'data' / 'hhar_excerpt'}",
+        ]
+    ).data
+    data = load_dataset(config)
+    assert data.names.users == ("a",)
+    assert data.names.devices == ("gear_1", "nexus4_1")
+    counts = np.bincount(data.device)
+    assert counts.min() >= 50  # a minute of either
+    # gravity is there, in m/s^2
+    gravity = np.linalg.norm(data.x[:, :3].mean(axis=2), axis=1)
+    assert 9 < np.median(gravity) < 10.5
+    assert [f["rows"] for f in data.report["files"]] == [7008, 10000, 10000, 7008, 10000, 10000]
+
+
+def test_real_movement_becomes_the_windows_that_a_plain_reading_gives(shared):
+    """Every window of one user against straight lines through the rows, by another way."""
+    folder = shared / "data" / "hhar_schema"
+    data = load_dataset(hhar(folder).data)
+    assert data.names.users == tuple("abcdefghi")
+    assert data.names.classes == CLASSES
+    assert data.x.shape[1:] == (6, 100)
+    assert 2900 < len(data) < 3100
+    _, acc = read(folder / "Phones_accelerometer.csv")
+    key = Key("c", "s3mini", "s3mini_1")
+    rows = acc[key]
+    own = np.flatnonzero(data.user == 2)
+    known = {}
+    for row in own:
+        known.setdefault(data.recording[row], []).append(row)
+    checked = 0
+    time = rows["creation"] + (rows["arrival"] - rows["creation"]).min()
+    pieces = np.split(np.arange(len(rows)), np.flatnonzero(np.diff(time) > MAX_GAP) + 1)
+    long = [p for p in pieces if time[p[-1]] - time[p[0]] >= 1.98e9]
+    assert len(known) == len(long)
+    for piece, in_order in zip(long, (known[r] for r in sorted(known)), strict=True):
+        for row in in_order:
+            at = int(data.position[row]) * 20_000_000 + np.arange(100) * 20_000_000
+            for axis in range(3):
+                straight = np.interp(at + time[piece[0]], time[piece], rows["xyz"][piece, axis])
+                # The recording begins where both sensors do, within a sample of the piece's start.
+                error = np.abs(straight - data.x[row, axis]).mean()
+                assert error < 0.1 + 0.3 * straight.std()
+            labels = rows["label"][piece]
+            assert data.y[row] in labels
+            checked += 1
+    assert checked == len(own) > 300
+
+
+def test_hhar_form_trains_to_90_percent_on_real_movement(shared, tmp_path):
+    keep = Keep()
+    folder = shared / "data" / "hhar_schema"
+    wanted = hhar(folder, "app.config.standardise=client", f"app.config.output-dir={tmp_path}")
+    assert wanted.hierarchy.global_rounds == 10
+    last = run(wanted, [keep]).last
+    assert last.mean_client_accuracy >= 0.90
+    assert last.mean_leaf_accuracy >= 0.90
+
+
+def test_made_files_are_read_whole_and_can_be_told_apart(tmp_path):
+    """Every window of a made set of all devices comes back with its user, device and label."""
+    command = [sys.executable, "scripts/make_hhar_csv.py", str(tmp_path), "--rows", "400000"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    data = load_dataset(
+        load_settings(
+            assignments=["app.config.dataset=hhar", f"app.config.data-root={tmp_path}"]
+        ).data
+    )
+    assert data.names.users == tuple("abcdefghi")
+    assert set(np.unique(data.y)) == set(range(6))
+    kinds = {name.partition("_")[0] for name in data.names.devices}
+    assert "samsungold" not in kinds  # it has no gyroscope
+    assert kinds & {"gear", "lgwatch"}
+    absent = {d["device"] for d in data.report["devices"] if d.get("problem") == "no gyroscope"}
+    assert {name.partition("_")[0] for name in absent} == {"samsungold"}
+    # most of what both sensors recorded, at 50 Hz with a second's stride, is in a window
+    rows = sum(f["rows"] for f in data.report["files"])
+    assert rows == pytest.approx(400_000, rel=0.05)
+    assert len(data) > 500
+
+
+# ------------------------------------------------------------------- forms of the CSV file
+
+
+def variants() -> dict[str, str]:
+    plain = table(steady(3), steady(3, user="b", gt="sit", start_ms=1_010_000))
+    rows = plain.splitlines()
+    cells = [row.split(",") for row in rows]
+    order = [9, 4, 3, 8, 0, 7, 1, 6, 5, 2]
+    return {
+        "plain": plain,
+        "crlf": plain.replace("\n", "\r\n"),
+        "tabs": plain.replace(",", "\t"),
+        "semicolons": plain.replace(",", ";"),
+        "no header": "\n".join(rows[1:]) + "\n",
+        "no header, tabs, crlf": "\r\n".join(rows[1:]).replace(",", "\t"),
+        "no last newline": plain.rstrip("\n"),
+        "byte order mark": "\ufeff" + plain,
+        "blank lines": plain.replace("\n", "\n\n"),
+        "quotes": "\n".join(",".join(f'"{c}"' for c in row) for row in cells),
+        "blanks": plain.replace(",", " , "),
+        "other order": "\n".join(",".join(row[i] for i in order) for row in cells),
+        "more columns": "\n".join(",".join(["7", *row, "x"]) for row in cells).replace("7", "n", 1),
+        "other case": HEADER.lower() + "\n" + "\n".join(rows[1:]).replace("walk", "Walk"),
+    }
+
+
+@pytest.mark.parametrize("name", variants())
+def test_forms_of_one_file(tmp_path, name):
+    (tmp_path / "plain.csv").write_text(variants()["plain"])
+    (tmp_path / "other.csv").write_text(variants()[name], newline="")
+    plain_report, plain = read(tmp_path / "plain.csv")
+    report, other = read(tmp_path / "other.csv")
+    assert report.rows == plain_report.rows == 600
+    assert report.bad_rows == 0
+    assert plain.keys() == other.keys()
+    for key in plain:
+        assert plain[key].tobytes() == other[key].tobytes()
+
+
+def test_blocks_join_without_a_seam(tmp_path, monkeypatch):
+    file = tmp_path / "x.csv"
+    file.write_text(variants()["plain"])
+    _, whole = read(file)
+    for size in (1, 100, 1000, 12345):
+        monkeypatch.setattr("fedge_sim.data.hhar_csv.BLOCK_BYTES", size)
+        _, parts = read(file)
+        assert {k: v.tobytes() for k, v in parts.items()} == {
+            k: v.tobytes() for k, v in whole.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("", "is empty"),
+        ("\n\n", "is empty, or begins with an empty line"),
+        (HEADER + "\n", "there are no rows in it"),
+        (HEADER.replace(",gt", "") + "\n", "line 1 has 9 columns and no gt; expected the header"),
+        (HEADER.replace("x,y", "a,b") + "\n", "no x, y;"),
+        ("1,2,3\n4,5,6\n", "line 1 has 3 columns and no Arrival_Time"),
+        ("PK\x03\x04 this is a zip file", "line 1 has 1 columns"),
+        (table(steady(1), [line(1, 1, xyz=("?", 1, 2))] * 2), "2 of 102 rows have no time"),
+        (table(steady(1), [line(1, 1, xyz=("?", 1, 2))] * 2), "the first is line 102: '1,1,"),
+        (table(steady(1), [line(1, "", ns=1)] * 2), "2 of 102 rows"),
+        (table(steady(1), [line(1, "1e30", ns=1)] * 2), "2 of 102 rows"),
+        (table(steady(1), [line(1, -5)] * 2), "2 of 102 rows"),
+        (table(steady(1), [line(1, 1, xyz=(1, "nan", 2))] * 2), "2 of 102 rows"),
+        (table(steady(1), [line(1, 1, xyz=(1, 2, "1e39"))] * 2), "2 of 102 rows"),
+        (table(steady(1), [line(1, 1, user="")] * 2), "2 of 102 rows"),
+        (table(steady(1), ["1,2,3"] * 2), "2 of 102 rows"),
+        (table(steady(1), [HEADER] * 2), "2 of 102 rows"),
+    ],
+)
+def test_files_that_are_refused(tmp_path, content, problem):
+    folder = write_set(tmp_path / "set", content, table(steady(3)))
+    with pytest.raises(DataError) as caught:
+        load_dataset(hhar(folder, f"app.config.cache-dir={tmp_path / 'cache'}").data)
+    message = str(caught.value)
+    assert problem in message
+    assert "Phones_accelerometer.csv" in message
+    assert "\n" not in message
+    assert [p for p in (tmp_path / "cache").iterdir() if p.suffix != ".lock"] == []
+
+
+def test_a_file_without_lines_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedge_sim.data.hhar_csv.BLOCK_BYTES", 1000)
+    file = tmp_path / "x.csv"
+    file.write_text(table(steady(1)) + "x" * 70_000)
+    with pytest.raises(DataError, match="has a line of more than 65,536 bytes"):
+        read(file)
+
+
+def test_one_percent_of_bad_rows_is_left_out_and_counted(tmp_path):
+    file = tmp_path / "x.csv"
+    good = steady(5)
+    bad = [line(1, 1, xyz=("?", 1, 2)), "1,2", HEADER, line(1, 2, xyz=("inf", 1, 2)), ",,,,x"]
+    file.write_text(table(good[:200], bad, good[200:]))
+    report, parts = read(file)
+    assert (report.rows, report.bad_rows) == (505, 5)
+    assert sum(len(rows) for rows in parts.values()) == 500
+
+
+def test_unknown_labels_are_left_out_counted_and_listed(tmp_path, caplog):
+    logging.getLogger("fedge_sim").propagate = True
+    odd = [*steady(1, gt="swim", start_ms=2_000_000), *steady(0.5, gt="fly", start_ms=3_000_000)]
+    folder = write_set(tmp_path, table(steady(5), odd), table(steady(5)))
+    data = load_dataset(hhar(folder).data)
+    assert data.report["files"][0]["unknown_labels"] == {"swim": 100, "fly": 50}
+    assert "rows with unknown labels left out: 'swim' (100), 'fly' (50)" in caplog.text
+    assert len(data) == 4
+
+
+@pytest.mark.parametrize("missing", ["Phones_accelerometer.csv", "Phones_gyroscope.csv"])
+def test_a_missing_file_is_named(tmp_path, missing):
+    folder = write_set(tmp_path, table(steady(3)), table(steady(3)))
+    (folder / missing).unlink()
+    with pytest.raises(DataError, match=f"needs the file {missing}, which is not there"):
+        load_dataset(hhar(folder).data)
+    watches = load_settings(
+        assignments=["app.config.dataset=hhar", f"app.config.data-root={folder}"]
+    )
+    with pytest.raises(DataError, match=r"needs the file .*which is not there"):
+        load_dataset(watches.data)
+
+
+def test_missing_watches_say_how_to_do_without(tmp_path):
+    folder = write_set(tmp_path, table(steady(3)), table(steady(3)))
+    both = load_settings(assignments=["app.config.dataset=hhar", f"app.config.data-root={folder}"])
+    with pytest.raises(DataError, match=r"Watch_accelerometer.csv.*use-watches = false"):
+        load_dataset(both.data)
+
+
+def test_the_folder_that_the_archive_unpacks_to_is_found(tmp_path):
+    content = table(steady(5))
+    write_set(tmp_path / "Activity recognition exp", content, content)
+    assert len(load_dataset(hhar(tmp_path).data)) == 4
+
+
+def test_a_sensor_that_is_absent_and_a_user_without_windows(tmp_path, caplog):
+    logging.getLogger("fedge_sim").propagate = True
+    acc = table(steady(5), steady(5, user="b"), steady(1, user="c"))
+    gyro = table(steady(5), steady(5, user="b", device="s3_1"), steady(1, user="c"))
+    data = load_dataset(hhar(write_set(tmp_path, acc, gyro)).data)
+    assert data.names.users == ("a",)
+    assert "left out, no gyroscope: b/nexus4_1" in caplog.text
+    assert "left out, no accelerometer: b/s3_1" in caplog.text
+    assert "left out, never both sensors for as long as a window: c/nexus4_1" in caplog.text
+    assert "users without any window, so in no client: b, c" in caplog.text
+
+
+def test_no_window_at_all_is_an_error(tmp_path):
+    folder = write_set(tmp_path, table(steady(1)), table(steady(1)))
+    with pytest.raises(DataError, match="no window of 100 samples in 1 devices"):
+        load_dataset(hhar(folder).data)
+    with pytest.raises(FedgeError, match="at least 2 samples"):
+        load_dataset(hhar(folder, "app.config.window-seconds=0.01").data)
+
+
+# ---------------------------------------------------------------------- odd rows
+
+
+CELL = st.one_of(
+    st.sampled_from(["", "nan", "inf", "-1", "1e400", "null", "walk", "sit", "a", "1.4E+018"]),
+    st.integers(-(2**70), 2**70).map(str),
+    st.floats().map(str),
+    st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=6),
+)
+ODD_LINE = st.one_of(
+    st.lists(CELL, max_size=13).map(",".join),
+    st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"").decode("latin1")),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.tuples(st.integers(0, 400), ODD_LINE), max_size=12), st.booleans())
+@example([(5, '"unclosed')], True)
+@example([(0, "\x00" * 20), (3, "#comment"), (400, ",,,,,,,,,")], False)
+def test_odd_rows_never_crash_the_reader(tmp_path_factory, odd, header):
+    """Odd lines among good ones: they are counted or refused, and take no good row with them."""
+    rows = steady(4)
+    for place, text in sorted(odd, key=lambda pair: -pair[0]):
+        rows.insert(place, text)
+    file = tmp_path_factory.mktemp("odd") / "x.csv"
+    text = "\n".join([HEADER, *rows] if header else rows)
+    file.write_bytes(text.encode(errors="surrogateescape"))
+    try:
+        report, parts = read(file)
+    except DataError as error:
+        refused = str(error)
+    else:
+        refused = ""
+    file.unlink()
+    if refused:
+        assert refused.startswith(f"{file}: ")
+        assert "\n" not in refused
+        return
+    kept = sum(len(own) for own in parts.values())
+    assert 400 <= kept <= report.rows <= 400 + len(odd)
+    labelled = report.null_labels + sum(report.unknown_labels.values())
+    assert kept + report.bad_rows + labelled == report.rows
+    good = parts[Key("a", "nexus4", "nexus4_1")]
+    assert set(range(1_000_000, 1_004_000, 10)) <= set((good["arrival"] // MS).tolist())
+    for own in parts.values():
+        clean(own)
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path):
+    folder = tmp_path / "set"
+    command = [sys.executable, "scripts/make_hhar_csv.py", str(folder), "--rows", "80000"]
+    subprocess.run([*command, "--no-watches"], cwd=ROOT, check=True, capture_output=True)
+    contents = set()
+    for number in range(2):
+        cache = f"app.config.cache-dir={tmp_path / str(number)}"
+        contents.add(load_dataset(hhar(folder, cache).data).content)
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    contents.add(load_dataset(hhar(copy).data).content)
+    assert len(contents) == 1
+
+
+# -------------------------------------------------------------------- the command line
+
+
+def data_command(*args: str, env=None) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "fedge_sim.data", *args],
+        cwd=ROOT,
+        env=clean_environment(**(env or {})),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_prepare_and_describe(shared, tmp_path):
+    root = str(shared / "data" / "hhar_schema")
+    phones = ("--set", "app.config.use-watches=false")
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    done = data_command("prepare", "hhar", "--data-root", root, *phones, env=env)
+    assert done.returncode == 0, done.stderr
+    assert len(list((tmp_path / "fedge-sim").glob("hhar-*/X.npy"))) == 1
+    rows = {c[0]: c[1:] for c in (line.split() for line in cells(done.stdout))}
+    assert rows["a"][-1] == "370"
+    assert rows["all"][-1] == "2,973"
+    assert sum(int(rows[user][-1]) for user in "abcdefghi") == 2973
+    assert "Phones_accelerometer.csv: 200,384 rows" in done.stdout
+
+    done = data_command(
+        *("describe", "hhar", "--data-root", root, *phones),
+        *("--set", "app.config.partition=shards", "--set", "app.config.partition-classes=1"),
+        env=env,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2,973 examples" in done.stdout
+    clients = [line.split() for line in cells(done.stdout.split("partition shards")[1])]
+    clients = [row for row in clients if row[0].isdigit()]
+    assert len(clients) == 9
+    for row in clients:  # leaf, client, training, test, distance, one class
+        counts = [int(n) for n in row[5:]]
+        assert sum(counts) == max(counts) == int(row[2]) + int(row[3])
+        share = {"walking": 685, "sitting": 581, "standing": 623, "biking": 0}
+        share |= {"stairsup": 569, "stairsdown": 515}
+        of_all = share[CLASSES[int(np.argmax(counts))]] / 2973
+        assert float(row[4]) == pytest.approx(1 - of_all, abs=0.001)
+    assert "2,973 of 2,973 are used" in done.stdout
+
+
+def cells(text: str) -> list[str]:
+    """Return the lines of a table without its lines."""
+    bare = (line.replace("│", " ").strip() for line in text.splitlines() if "│" in line)
+    return [line for line in bare if line]
+
+
+def test_the_command_line_tells_what_is_wrong(tmp_path):
+    for args, message in (
+        (("prepare", "hhar", "--data-root", str(tmp_path)), "needs the file Phones_accelerometer"),
+        (("prepare", "hharr"), "did you mean 'hhar'?"),
+        (("describe", "digits", "--set", "app.config.partition=usr"), "did you mean 'user'"),
+        (("describe", "digits"), "does not say the user of an example"),
+    ):
+        done = data_command(*args)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: ")
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
