@@ -216,6 +216,10 @@ def test_an_output_folder_may_have_any_name():
             ["app.config.dataset=uci-har", "app.config.data-root=/nowhere"],
             'data-root = "/nowhere": dataset "uci-har" needs the file uci_har_21_subjects.npz',
         ),
+        (
+            ["app.config.dataset=arrays", f"app.config.data-root=/{'x' * 300}"],
+            "cannot be read (File name too long)",
+        ),
         (["hierarchy.clients_per_server=[4, 3, 3]"], "asks for 10 clients"),
         (["app.config.window-seconds=70"], "last at most 60 s"),
         (["app.config.window-seconds=0.001"], "at least 2 samples"),

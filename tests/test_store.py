@@ -263,7 +263,6 @@ def test_a_disk_that_is_truly_full(tmp_path):
         ([(np.zeros((2, 3)), [0, 1], -1)], "user must be from 0 to 1"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 def test_what_a_writer_refuses(tmp_path, added, problem):
     def write(writer):
         for x, y, *user in added:

@@ -67,7 +67,12 @@ def load_dataset(config: AppConfig, tell: Tell = tell_nobody) -> Dataset:
     if config.dataset not in DATASETS:
         problem = f"unknown; {suggest(config.dataset, DATASETS)}"
         raise ConfigError.at("app.config", "dataset", config.dataset, problem)
-    dataset = open_dataset(DATASETS[config.dataset](config), cache_folder(config), tell)
+    try:
+        recipe = DATASETS[config.dataset](config)
+    except OSError as error:  # of looking for its files
+        problem = f"cannot be read ({error.strerror})"
+        raise ConfigError.at("app.config", "data-root", config.data_root, problem) from None
+    dataset = open_dataset(recipe, cache_folder(config), tell)
     num_classes = len(dataset.names.classes)
     if config.num_classes not in (0, num_classes):
         raise ConfigError.at(

@@ -113,7 +113,7 @@ class Standardisation:
             for part in _chunks(x, rows)
         )
         std = np.sqrt(np.asarray(squares / per_channel))
-        std[std <= 1e-12 * abs(mean)] = 1.0  # the sum of equal values is rounded, a little
+        std[std <= 1e-12 * abs(mean)] = 1.0  # 0, but for rounding
         return cls(mean.astype(np.float32), std.astype(np.float32) + np.float32(1e-8))
 
     @classmethod

@@ -277,7 +277,8 @@ class StoreWriter:
             raise DataError(f"{self._source}: {n} examples, but labels {y.shape}")
         if n == 0:
             return
-        x = x.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # found right below
+            x = x.astype(np.float32, copy=False)
         if not np.isfinite(x).all():
             raise DataError(f"{self._source}: an example holds NaN or infinity")
         for name, values in {"X": x, "y": y, **columns}.items():
