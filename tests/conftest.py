@@ -1,14 +1,18 @@
-"""Shared by all tests: small settings, the real data, a run in this process."""
+"""Shared by all tests: settings, the real data, datasets that are opened or refused, a run."""
 
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import Settings, load_settings
+from fedge_sim.data import load_dataset
+from fedge_sim.data.base import Dataset
+from fedge_sim.errors import DataError
 from fedge_sim.orchestrator import Orchestrator, Result
 from fedge_sim.reporting.base import Callback
 from fedge_sim.reporting.tables import TableWriter
@@ -17,6 +21,13 @@ from fedge_sim.runtime.in_process import InProcessGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+
+# Of the real data, below ``shared``.
+UCI_NPZ = "data/uci_har/uci_har_21_subjects.npz"
+CIFAR_NPZ = "data/cifar10_jpeg/cifar10_test.npz"
+
+# What a person's own .npz file may hold at the least.
+OWN = {"X": np.arange(48.0).reshape(6, 2, 4) - 20, "y": np.array([0, 1, 1, 0, 1, 0])}
 
 # A tenth of the default's work: short windows of slow sensors, one epoch.
 SMALL = (
@@ -82,3 +93,44 @@ def command_line(*args: str) -> list[str]:
 def clean_environment(**more: str) -> dict[str, str]:
     """Return this environment without SEED."""
     return {**{k: v for k, v in os.environ.items() if k != "SEED"}, **more}
+
+
+def data_config(dataset, root="nowhere", *more):
+    """Return the settings of a dataset whose classes are as many as there are."""
+    pairs = [f"app.config.dataset={dataset}", f"app.config.data-root={root}"]
+    return load_settings(assignments=[*pairs, "app.config.num-classes=0", *more]).data
+
+
+def opened(dataset, root="nowhere", *more) -> Dataset:
+    return load_dataset(data_config(dataset, root, *more))
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """Return a function that gives the one line with which a source is refused."""
+    cache = tmp_path / "own cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+    def message(dataset, root, names=None, error=DataError, more=()):
+        with pytest.raises(error) as caught:
+            opened(dataset, root, *more)
+        line = str(caught.value)
+        assert "\n" not in line
+        assert str(names or root) in line
+        left = [p for p in (cache / "fedge-sim").glob("*") if p.suffix != ".lock"]
+        assert left == []
+        return line
+
+    return message
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Return a function from arrays to an .npz file of them."""
+
+    def save(arrays, name="my data") -> Path:
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, **arrays)
+        return file
+
+    return save
