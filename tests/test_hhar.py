@@ -102,6 +102,7 @@ def test_a_folder_of_excerpts_becomes_windows_without_any_flag(shared):
     data = load_dataset(config)
     assert data.names.users == ("a",)
     assert data.names.devices == ("gear_1", "nexus4_1")
+    assert data.names.models == ("gear", "nexus4")
     counts = np.bincount(data.device)
     assert counts.min() >= 50  # a minute of either
     # gravity is there, in m/s^2

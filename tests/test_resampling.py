@@ -137,6 +137,28 @@ def test_joining_needs_both_sensors():
     assert list(join(acc, clean(stream([])), 50, 1)) == []
 
 
+def test_both_sensors_and_the_labels_stand_at_one_time():
+    """Every reading says when it was made, so every sample must say its own time."""
+    rng = np.random.default_rng(0)
+    own = {}
+    for name, start, step in (("acc", 1000, 5), ("gyro", 1333, 12)):
+        made = np.sort(
+            np.arange(start, 9000, step) + rng.integers(-2, 3, (9000 - start - 1) // step + 1)
+        )
+        seconds = made[:, None] / 1000 * np.ones(3)
+        own[name] = clean(stream(made, xyz=seconds, label=made // 1000 % 6))
+    (recording,) = join(own["acc"], own["gyro"], 50, 100)
+    begin = own["gyro"].time[0] / 1e9
+    expected = begin + np.arange(recording.samples.shape[1]) / 50
+    for channel in recording.samples:
+        np.testing.assert_allclose(channel[1:-1], expected[1:-1], atol=1e-3)
+        np.testing.assert_allclose(channel, expected, atol=0.011)
+    between = np.abs(expected % 1 - 0.5) < 0.49  # not within 10 ms of a change
+    assert (recording.label == expected.astype(int) % 6)[between].all()
+    last_row = np.searchsorted(own["acc"].time / 1e9, expected, side="right") - 1
+    np.testing.assert_array_equal(recording.label, own["acc"].label[last_row])
+
+
 def test_windows_by_hand():
     label = np.array([0, 0, 1, 1, 1, 2, 2, 2], np.int8)
     recording = Recording(np.arange(48, dtype=np.float32).reshape(6, 8), label)
