@@ -327,6 +327,31 @@ def test_a_sensor_that_is_absent_and_a_user_without_windows(tmp_path, caplog):
     assert "users without any window, so in no client: b, c" in caplog.text
 
 
+def test_every_window_has_its_user_model_and_device(tmp_path):
+    carried = [("b", "nexus4_2"), ("a", "s3_1"), ("b", "nexus4_1")]
+    parts = [steady(3 + i, user=user, device=d) for i, (user, d) in enumerate(carried)]
+    data = load_dataset(hhar(write_set(tmp_path, table(*parts), table(*parts))).data)
+    names = data.names
+    found = zip(data.user, data.model, data.device, strict=True)
+    owners = [(names.users[u], names.models[m], names.devices[d]) for u, m, d in found]
+    assert owners == [
+        *[("a", "s3", "s3_1")] * 3,
+        *[("b", "nexus4", "nexus4_1")] * 4,
+        *[("b", "nexus4", "nexus4_2")] * 2,
+    ]
+    assert len(set(data.recording.tolist())) == 3
+    assert data.position.tolist() == [0, 50, 100, 0, 50, 100, 150, 0, 50]
+
+
+def test_settings_of_windows_make_other_stores(tmp_path):
+    folder = write_set(tmp_path, table(steady(5)), table(steady(5)))
+    found = {}
+    for setting in ("seed=1", "window-stride-seconds=0.5", "window-seconds=1", "sample-rate-hz=25"):
+        data = load_dataset(hhar(folder, f"app.config.{setting}").data)
+        found[setting] = (len(data), data.example_shape)
+    assert list(found.values()) == [(4, (6, 100)), (7, (6, 100)), (5, (6, 50)), (4, (6, 50))]
+
+
 def test_no_window_at_all_is_an_error(tmp_path):
     folder = write_set(tmp_path, table(steady(1)), table(steady(1)))
     with pytest.raises(DataError, match="no window of 100 samples in 1 devices"):

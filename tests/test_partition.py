@@ -252,6 +252,18 @@ def test_the_blocked_split_shares_no_sample(users, each, overlap, seed):
         assert len(client.train) + len(client.test) == len(rows)
 
 
+def test_the_blocked_split_is_seeded_by_run_and_client():
+    data = dataset(1, 300)
+    rows = np.arange(300)
+    split = SPLITS["blocked"]
+    again, first, seed, client = (
+        split(data, rows, *key) for key in ((0, 0), (0, 0), (1, 0), (0, 1))
+    )
+    np.testing.assert_array_equal(first.test, again.test)
+    assert not np.array_equal(first.test, seed.test)
+    assert not np.array_equal(first.test, client.test)
+
+
 @pytest.mark.parametrize("seed", [42, 43])
 def test_no_window_of_uci_har_is_shared_between_the_sides(shared, seed):
     archive = np.load(shared / "data" / "uci_har" / "uci_har_21_subjects.npz")

@@ -91,6 +91,9 @@ def test_a_changed_setting_or_file_makes_a_new_store(tmp_path):
     assert len(made) == 4
     make(rate=100)
     assert len(made) == 5
+    source = source.rename(cache / "other.csv")
+    make(rate=100)
+    assert len(made) == 6
 
 
 def test_the_content_hash_is_of_the_content(tmp_path):
