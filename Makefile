@@ -19,7 +19,7 @@ run: $(READY)  ## run the main job on the embedded dataset
 run-hhar: $(READY)  ## the same on HHAR: make run-hhar DATA=folder (phones only if it has no watches)
 	$(BIN)/python -m fedge_sim.orchestrator --set app.config.dataset=hhar \
 		--set 'app.config.data-root="$(DATA)"' --set app.config.standardise=client \
-		$$(find "$(DATA)" -name '*Watch_*.csv' 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
+		$$(find "$(DATA)" -maxdepth 2 -name '*Watch_*.csv' 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
 
 test: lint  ## lint, type-check and run all tests
 	$(BIN)/python -m pytest $(ARGS)

@@ -120,12 +120,11 @@ def evaluate_config(settings: Settings, purpose: str, splits: Sequence[str]) -> 
 
 def describe(data: DataSummary) -> ConfigRecord:
     """Return what a node says of its clients' data; :func:`description` reads it back."""
-    train, test = [c.train for c in data.clients], [c.test for c in data.clients]
+    parts = [part for c in data.clients for part in (c.train, c.test, c.left_out)]
     return ConfigRecord(
         {
-            "num-train": list(data.num_train),
-            "num-test": list(data.num_test),
-            "rows": np.concatenate([*train, *test]).astype(_ROW).tobytes(),
+            "sizes": [len(part) for part in parts],  # training, test, left out, of each client
+            "rows": np.concatenate(parts).astype(_ROW).tobytes(),
             "example-shape": list(data.example_shape),
             "classes": list(data.classes),
             "mean": np.concatenate([s.mean for s in data.scales]).tolist(),
@@ -137,13 +136,12 @@ def describe(data: DataSummary) -> ConfigRecord:
 
 def description(config: Mapping[str, Any]) -> DataSummary:
     """Return what a node said of its clients' data."""
-    sizes = [*config["num-train"], *config["num-test"]]
     rows = np.frombuffer(config["rows"], _ROW).astype(np.int64)
-    parts = np.split(rows, np.cumsum(sizes)[:-1])
-    n = len(config["num-train"])
+    parts = np.split(rows, np.cumsum(config["sizes"])[:-1])
+    n = len(parts) // 3
     scales = (np.asarray(config[key], np.float32).reshape(n, -1) for key in ("mean", "std"))
     return DataSummary(
-        clients=tuple(map(ClientData, parts[:n], parts[n:])),
+        clients=tuple(map(ClientData, parts[::3], parts[1::3], parts[2::3])),
         example_shape=tuple(config["example-shape"]),
         classes=tuple(config["classes"]),
         scales=tuple(map(Standardisation, *scales)),

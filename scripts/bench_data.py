@@ -35,7 +35,7 @@ MIB = 2**20
 
 def config(folder: Path) -> AppConfig:
     """Return the settings that read a folder of HHAR."""
-    pairs = ("dataset=hhar", f"data-root={json.dumps(str(folder))}")
+    pairs = ("dataset=hhar", f"data-root={json.dumps(str(folder), ensure_ascii=False)}")
     return load_settings(assignments=[f"app.config.{pair}" for pair in pairs]).data
 
 

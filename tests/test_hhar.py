@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from fedge_sim.config import load_settings
-from fedge_sim.data import load_dataset
+from fedge_sim.data import DATASETS, federate, load_dataset
 from fedge_sim.data.hhar_csv import CLASSES, COLUMNS, LABELS, FileReport, Key, read_sensor_file
 from fedge_sim.data.resampling import MAX_GAP, UNKNOWN, clean
 from fedge_sim.errors import DataError, FedgeError
@@ -241,6 +241,8 @@ def test_blocks_join_without_a_seam(tmp_path, monkeypatch):
         (table(steady(1), [line(1, 1, xyz=("?", 1, 2))] * 2), "2 of 102 rows have no time"),
         (table(steady(1), [line(1, 1, xyz=("?", 1, 2))] * 2), "the first is line 102: '1,1,"),
         (table(steady(1), [line(1, "", ns=1)] * 2), "2 of 102 rows"),
+        (table(steady(1, gt="null")), "none of its 100 rows has a known label: 100 have none"),
+        (table(steady(1, gt="swim")), "the others 'swim' (100); expected walk, sit"),
         (table(steady(1), [line(1, "1e30", ns=1)] * 2), "2 of 102 rows"),
         (table(steady(1), [line(1, -5)] * 2), "2 of 102 rows"),
         (table(steady(1), [line(1, 1, xyz=(1, "nan", 2))] * 2), "2 of 102 rows"),
@@ -339,8 +341,21 @@ def test_every_window_has_its_user_model_and_device(tmp_path):
         *[("b", "nexus4", "nexus4_1")] * 4,
         *[("b", "nexus4", "nexus4_2")] * 2,
     ]
-    assert len(set(data.recording.tolist())) == 3
+    # the two phones of b recorded at the same time: one recording
+    assert data.recording.tolist() == [0] * 3 + [1] * 6
     assert data.position.tolist() == [0, 50, 100, 0, 50, 100, 150, 0, 50]
+
+
+def test_blocks_are_held_out_in_time_and_not_by_device(tmp_path):
+    parts = [steady(60, device=device) for device in ("nexus4_1", "s3_1", "s3_2")]
+    folder = write_set(tmp_path, table(*parts), table(*parts))
+    one_client = ["hierarchy.num_servers=1", "hierarchy.clients_per_server=[1]"]
+    data = federate(hhar(folder, "app.config.split=blocked", *one_client))
+    (own,) = data.clients
+    at = data.dataset.position
+    assert len(own.test) > 30
+    nearest = np.abs(at[own.test][:, None].astype(int) - at[own.train].astype(int)).min()
+    assert nearest >= 100  # of any device
 
 
 def test_settings_of_windows_make_other_stores(tmp_path):
@@ -472,6 +487,22 @@ def cells(text: str) -> list[str]:
     """Return the lines of a table without its lines."""
     bare = (line.replace("│", " ").strip() for line in text.splitlines() if "│" in line)
     return [line for line in bare if line]
+
+
+def test_names_and_paths_may_look_like_anything(tmp_path):
+    odd = tmp_path / "d \N{GRINNING FACE} \"'"
+    rows = table(steady(4, user="[/red]"), steady(1, gt="[/b]swim"))
+    write_set(odd, rows, table(steady(4, user="[/red]")))
+    phones = ("--set", "app.config.use-watches=false")
+    one_client = ("--set", "hierarchy.num_servers=1", "--set", "hierarchy.clients_per_server=[1]")
+    done = data_command(
+        *("describe", "hhar", "--data-root", str(odd), *phones, *one_client),
+        env={"XDG_CACHE_HOME": str(tmp_path / "cache")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[/red]" in done.stdout
+    assert "'[/b]swim' 100" in done.stdout
+    assert all(name in data_command("--help").stdout for name in DATASETS)
 
 
 def test_the_command_line_tells_what_is_wrong(tmp_path):

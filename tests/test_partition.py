@@ -1,6 +1,8 @@
 """Which client holds which examples, and which of them are held out."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,11 +11,11 @@ from hypothesis import strategies as st
 
 from fedge_sim.config import load_settings
 from fedge_sim.data import federate
-from fedge_sim.data.base import Dataset, Names
+from fedge_sim.data.base import ClientData, Dataset, Names
 from fedge_sim.data.partition import PARTITIONS, partition
-from fedge_sim.data.split import SPLITS, TEST_SHARE
+from fedge_sim.data.split import TEST_SHARE, blocks, random_split, split
 from fedge_sim.errors import ConfigError, FedgeError
-from tests.conftest import run
+from tests.conftest import ROOT, clean_environment, run
 
 
 def dataset(users: int, each: int = 5, devices: int = 1, overlap: int = 0) -> Dataset:
@@ -35,7 +37,7 @@ def dataset(users: int, each: int = 5, devices: int = 1, overlap: int = 0) -> Da
             models=tuple(f"m{i}" for i in range((devices + 1) // 2)),
             devices=tuple(f"d{i}" for i in range(devices)),
         ),
-        content="",
+        content=f"{users} {each} {devices} {overlap}",
     )
 
 
@@ -164,8 +166,10 @@ def test_a_dataset_without_users_says_what_is_possible():
         partition(anonymous, topology(1))
 
 
-def test_a_run_records_its_partition_and_can_be_given_it_again(small, tmp_path):
-    first = small("app.config.partition=dirichlet", "app.config.partition-alpha=5.0")
+@pytest.mark.parametrize("split", ["random", "blocked"])
+def test_a_run_records_its_partition_and_can_be_given_it_again(small, split):
+    how = (f"app.config.split={split}", "app.config.window-stride-seconds=1.0")  # overlapping
+    first = small("app.config.partition=dirichlet", "app.config.partition-alpha=5.0", *how)
     result = run(first)
     file = result.folder / "partition.json"
     recorded = json.loads(file.read_text())
@@ -173,12 +177,12 @@ def test_a_run_records_its_partition_and_can_be_given_it_again(small, tmp_path):
     for server, clients in enumerate(first.hierarchy.leaf_clients):
         for client in clients:
             own = held.clients[client]
-            both = sorted([*own.train, *own.test])
-            assert recorded[str(server)][str(client)] == both
+            assert recorded[str(server)][str(client)] == own.rows.tolist()
+    assert any(len(own.left_out) for own in held.clients) == (split == "blocked")
     run_json = json.loads((result.folder / "run.json").read_text())
     assert run_json["settings"]["app"]["config"]["partition-alpha"] == 5.0
     assert run_json["dataset_sha256"] == held.dataset.content
-    again = small("app.config.partition=file", f"app.config.partition-file={file}")
+    again = small("app.config.partition=file", f"app.config.partition-file={file}", *how)
     for one, other in zip(held.clients, federate(again).clients, strict=True):
         np.testing.assert_array_equal(one.train, other.train)
         np.testing.assert_array_equal(one.test, other.test)
@@ -209,6 +213,9 @@ def test_keys_of_a_file_count_in_numerical_order(tmp_path):
         ('{"0": {"0": [0, 1, 2], "1": [3, 4, 5.5]}}', "whole numbers from 0 to 9"),
         ('{"0": {"0": [0, 1, 2], "1": "345"}}', "whole numbers from 0 to 9"),
         ('{"0": {"0": [0, 1, 2], "1": []}}', "client 1 gets 0 examples"),
+        (f'{{"0": {{"0": [0, 1, 2], "1": [{2**70}]}}}}', "whole numbers from 0 to 9"),
+        ('{"0": {"0": [0, 1, 2], "0": [3, 4, 5]}}', "key '0' stands twice"),
+        ("[" * 100_000, "no JSON file"),
     ],
 )
 def test_files_that_are_no_partition(tmp_path, content, problem):
@@ -224,13 +231,12 @@ def test_files_that_are_no_partition(tmp_path, content, problem):
 @given(st.integers(3, 300), st.integers(0, 99))
 def test_the_random_split_holds_out_a_fifth(n, seed):
     rows = np.arange(n) * 3
-    split = SPLITS["random"]
-    client = split(None, rows, seed, 0)
+    client = random_split(rows, seed, 0)
     assert sorted([*client.train, *client.test]) == rows.tolist()
     assert abs(len(client.test) - 0.2 * n) <= 1
-    again = split(None, rows, seed, 0)
+    again = random_split(rows, seed, 0)
     np.testing.assert_array_equal(client.test, again.test)
-    one, other = (split(None, np.arange(300), seed, client) for client in (0, 1))
+    one, other = (random_split(np.arange(300), seed, client) for client in (0, 1))
     assert not np.array_equal(one.test, other.test)
 
 
@@ -238,7 +244,18 @@ def test_the_random_split_holds_out_a_fifth(n, seed):
 def test_the_blocked_split_shares_no_sample(users, each, overlap, seed):
     data = dataset(users, each, overlap=overlap)
     rows = np.random.default_rng(seed).permutation(len(data))[: 1 + len(data) * 3 // 4]
-    client = SPLITS["blocked"](data, np.sort(rows), seed, 0)
+    rows = np.sort(rows)
+    owner = np.random.default_rng(seed + 1).integers(1 + (len(rows) > 9), size=len(rows))
+    owners = [own for own in (rows[owner == 0], rows[owner == 1]) if len(own)]
+    clients = split(data, owners, "blocked", seed)
+    for own, client in zip(owners, clients, strict=True):
+        assert client.rows.tolist() == own.tolist()
+        assert len(client.test) > 0
+        y = data.y[own]
+        assert all(abs(sum(data.y[client.test] == c) - sum(y == c) / 5) <= 1 for c in set(y))
+    client = ClientData(
+        *(np.concatenate([getattr(c, side) for c in clients]) for side in ("train", "test"))
+    )
     assert len(client.test) > 0
     assert set(client.train).isdisjoint(client.test)
     assert {*client.train, *client.test} <= set(rows.tolist())
@@ -254,43 +271,50 @@ def test_the_blocked_split_shares_no_sample(users, each, overlap, seed):
 
 def test_the_blocked_split_is_seeded_by_run_and_client():
     data = dataset(1, 300)
-    rows = np.arange(300)
-    split = SPLITS["blocked"]
     again, first, seed, client = (
-        split(data, rows, *key) for key in ((0, 0), (0, 0), (1, 0), (0, 1))
+        blocks(data, np.arange(300), *key) for key in ((0, 0), (0, 0), (1, 0), (0, 1))
     )
-    np.testing.assert_array_equal(first.test, again.test)
-    assert not np.array_equal(first.test, seed.test)
-    assert not np.array_equal(first.test, client.test)
+    np.testing.assert_array_equal(first, again)
+    assert not np.array_equal(first, seed)
+    assert not np.array_equal(first, client)
 
 
-@pytest.mark.parametrize("seed", [42, 43])
-def test_no_window_of_uci_har_is_shared_between_the_sides(shared, seed):
+def test_positions_may_begin_anywhere():
+    data = dataset(1, 40, overlap=2)
+    moved = Dataset(**{**vars(data), "position": data.position - 10_000})
+    for side in ("train", "test"):
+        one, other = (split(d, [np.arange(40)], "blocked", 3)[0] for d in (data, moved))
+        np.testing.assert_array_equal(getattr(one, side), getattr(other, side))
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "kept"), [("user", 42, 0.95), ("user", 43, 0.95), ("dirichlet", 42, 0.7)]
+)
+def test_no_window_of_uci_har_is_shared_between_the_sides(shared, name, seed, kept):
     archive = np.load(shared / "data" / "uci_har" / "uci_har_21_subjects.npz")
     segment, pos = archive["segment"].astype(int), archive["pos"].astype(int)
     root = f"app.config.data-root={shared / 'data' / 'uci_har'}"
     assignments = ["app.config.dataset=uci-har", root, f"app.config.seed={seed}"]
+    assignments.append(f"app.config.partition={name}")
 
     def shared_windows(split):
         data = federate(load_settings(assignments=[*assignments, f"app.config.split={split}"]))
         leaks = test = used = 0
+        # of any client: they train one model together
+        held_out = {(segment[row], pos[row]) for own in data.clients for row in own.test}
         for own in data.clients:
-            held_out = {(segment[row], pos[row]) for row in own.test}
             leaks += sum(
                 (segment[row], pos[row] + step) in held_out
                 for row in own.train
                 for step in (-1, 0, 1)  # windows overlap by half with their neighbours
             )
             test, used = test + len(own.test), used + len(own.test) + len(own.train)
-            # every class of a client is tested, in blocks
-            y = data.dataset.y
-            assert split == "random" or set(y[own.test]) == set(y[own.train])
         return leaks, test / used, used
 
     leaks, share, used = shared_windows("blocked")
     assert leaks == 0
-    assert abs(share - TEST_SHARE) < 0.02
-    assert used > 0.95 * len(pos)  # the gaps cost little
+    assert used > kept * len(pos)
+    assert abs(share * used / len(pos) - TEST_SHARE) < 0.02
     assert shared_windows("random")[0] > 1000
 
 
@@ -300,3 +324,28 @@ def test_a_client_that_the_gaps_leave_without_training_is_named(tmp_path):
     settings = topology(2, partition="file", partition_file=file, split="blocked")
     with pytest.raises(ConfigError, match=r'split = "blocked": client 0 keeps 0 examples'):
         federate(settings)  # windows 0, 1 and 2 overlap
+
+
+LOADS = """
+import sys
+from fedge_sim.config import load_settings
+from fedge_sim.data import federate
+data = federate(load_settings(assignments=["app.config.partition=iid"]))
+print("datasets" in sys.modules, [own.rows.sum() for own in data.clients])
+"""
+
+
+def test_a_partition_of_the_library_is_made_once_for_all_processes(tmp_path):
+    def look():
+        environment = clean_environment(XDG_CACHE_HOME=str(tmp_path))
+        command = [sys.executable, "-c", LOADS]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, check=True)
+        return done.stdout.decode().split(maxsplit=1)
+
+    first, again = look(), look()
+    assert (first[0], again[0]) == ("True", "False")
+    assert first[1] == again[1]
+    (file,) = (tmp_path / "fedge-sim").glob("partition-*.npy")
+    for damaged in (b"", b"no array", file.read_bytes()[:-80]):
+        file.write_bytes(damaged)
+        assert look() == first

@@ -1,6 +1,7 @@
 """From the rows of two sensors to windows: what must hold, by hand and for any rows."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from fedge_sim.data.resampling import (
     clean,
     join,
     resample,
+    sessions,
     windows,
 )
 
@@ -137,18 +139,20 @@ def test_joining_needs_both_sensors():
     assert list(join(acc, clean(stream([])), 50, 1)) == []
 
 
-def test_both_sensors_and_the_labels_stand_at_one_time():
+@pytest.mark.parametrize(("acc_start", "gyro_start"), [(1000, 1333), (1333, 1000)])
+def test_both_sensors_and_the_labels_stand_at_one_time(acc_start, gyro_start):
     """Every reading says when it was made, so every sample must say its own time."""
     rng = np.random.default_rng(0)
     own = {}
-    for name, start, step in (("acc", 1000, 5), ("gyro", 1333, 12)):
+    for name, start, step in (("acc", acc_start, 5), ("gyro", gyro_start, 12)):
         made = np.sort(
             np.arange(start, 9000, step) + rng.integers(-2, 3, (9000 - start - 1) // step + 1)
         )
         seconds = made[:, None] / 1000 * np.ones(3)
         own[name] = clean(stream(made, xyz=seconds, label=made // 1000 % 6))
     (recording,) = join(own["acc"], own["gyro"], 50, 100)
-    begin = own["gyro"].time[0] / 1e9
+    begin = max(of.time[0] for of in own.values()) / 1e9
+    assert recording.begin / 1e9 == begin
     expected = begin + np.arange(recording.samples.shape[1]) / 50
     for channel in recording.samples:
         np.testing.assert_allclose(channel[1:-1], expected[1:-1], atol=1e-3)
@@ -159,9 +163,22 @@ def test_both_sensors_and_the_labels_stand_at_one_time():
     np.testing.assert_array_equal(recording.label, own["acc"].label[last_row])
 
 
+def test_sessions_by_hand():
+    def recording(begin_s, seconds):
+        samples = round(seconds * 50)
+        label = np.zeros(samples, np.int8)
+        return Recording(round(begin_s * 1e9), np.zeros((6, samples), np.float32), label)
+
+    made = [(10, 5), (0, 4), (3, 2), (4.5, 1), (15, 3), (14.9, 1)]
+    session, offset = sessions([recording(*times) for times in made], 50)
+    # 0 to 4 and 3 to 5 and 4.5 to 5.5 overlap; 10 to 15, 14.9 to 15.9 and 15 to 18 do
+    assert session.tolist() == [1, 0, 0, 0, 1, 1]
+    assert offset.tolist() == [0, 0, 150, 225, 250, 245]
+
+
 def test_windows_by_hand():
     label = np.array([0, 0, 1, 1, 1, 2, 2, 2], np.int8)
-    recording = Recording(np.arange(48, dtype=np.float32).reshape(6, 8), label)
+    recording = Recording(0, np.arange(48, dtype=np.float32).reshape(6, 8), label)
     x, y, position = windows(recording, 4, 2, 6)
     assert position.tolist() == [0, 2, 4]
     assert y.tolist() == [0, 1, 2]  # two of each in the first: the lower class

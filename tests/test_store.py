@@ -214,7 +214,7 @@ class BugError(Exception):
     ("error", "expected", "problem"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), DataError, "the disk is full"),
-        (PermissionError(errno.EACCES, "Permission denied"), DataError, "cannot be written to"),
+        (PermissionError(errno.EACCES, "Permission denied"), DataError, "cannot be used"),
         (DataError("no good"), DataError, "^no good$"),
         (BugError("a bug"), BugError, "a bug"),
     ],
@@ -228,6 +228,15 @@ def test_a_failure_leaves_nothing(tmp_path, error, expected, problem):
     with pytest.raises(expected, match=problem):
         open_dataset(Recipe("test", {}, (), write), tmp_path)
     assert folders(tmp_path) == []
+
+
+def test_a_store_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    def forbidden(folder):
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(store, "_open", forbidden)  # root may read everything
+    with pytest.raises(DataError, match=r"cannot be used \(Permission denied\); set .* cache-dir"):
+        open_dataset(recipe(), tmp_path)
 
 
 def test_a_disk_that_is_truly_full(tmp_path):

@@ -52,6 +52,8 @@ def test_networks_for_images(name, shape, parameters):
         logits = build_model(name, (3, size, size), 10)(images)
         assert logits.shape == (3, 10)
         assert logits.isfinite().all()
+    if name == "resnet18":
+        assert model.blocks(torch.zeros(1, 64, 32, 32)).shape == (1, 512, 4, 4)
 
 
 @pytest.mark.parametrize(

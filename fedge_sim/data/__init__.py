@@ -10,7 +10,7 @@ from fedge_sim.config import AppConfig, Settings
 from fedge_sim.data import arrays, cifar10, digits, hhar, hhar_synthetic, uci_har
 from fedge_sim.data.base import ClientData, Dataset, Examples, Standardisation
 from fedge_sim.data.partition import MIN_EXAMPLES, partition
-from fedge_sim.data.split import SPLITS
+from fedge_sim.data.split import split
 from fedge_sim.data.store import Recipe, Tell, cache_folder, open_dataset, tell_nobody
 from fedge_sim.errors import ConfigError, suggest
 
@@ -95,11 +95,7 @@ def federate(settings: Settings) -> FederatedData:
     """
     config = settings.data
     dataset = load_dataset(config)
-    split = SPLITS[config.split]
-    clients = tuple(
-        split(dataset, rows, settings.seed, client)
-        for client, rows in enumerate(partition(dataset, settings))
-    )
+    clients = split(dataset, partition(dataset, settings), config.split, settings.seed)
     for client, own in enumerate(clients):
         if len(own.train) < MIN_EXAMPLES - 1:
             raise ConfigError.at(

@@ -16,14 +16,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from fedge_sim.config import Settings, environment_seed, load_settings
-from fedge_sim.data import FederatedData, federate, load_dataset
+from fedge_sim.data import DATASETS, FederatedData, federate, load_dataset
 from fedge_sim.data.base import Dataset
 from fedge_sim.errors import FedgeError
 
 MOST_ROWS = 60  # of a table; the totals are of all
-EXAMPLE = "for example hhar, uci-har, cifar10, digits, arrays, hhar-synthetic"
 
-DatasetName = Annotated[str, typer.Argument(metavar="DATASET", help=f"The dataset, {EXAMPLE}.")]
+DatasetName = Annotated[str, typer.Argument(help="Name of the dataset.")]
 DataRoot = Annotated[Path | None, typer.Option(help="The file or folder that it is read from.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file with tool.flwr tables, as for a run.")]
 Assignments = Annotated[
@@ -35,7 +34,10 @@ Assignments = Annotated[
     ),
 ]
 
-app = typer.Typer(add_completion=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False,
+    help=f"Make a dataset's store ahead of a run, and see what is in it: {', '.join(DATASETS)}.",
+)
 
 
 @app.command()
@@ -85,7 +87,7 @@ def label_distance(data: FederatedData) -> NDArray[np.float64]:
     counts = np.stack(
         [
             np.bincount(data.dataset.y[rows], minlength=len(data.classes))
-            for rows in (np.concatenate([c.train, c.test]) for c in data.clients)
+            for rows in (client.rows for client in data.clients)
         ]
     )
     shares = counts / counts.sum(axis=1, keepdims=True)
@@ -101,9 +103,9 @@ def client_sizes(data: FederatedData) -> NDArray[np.int64]:
 @contextmanager
 def _console() -> Iterator[Console]:
     """Log to a console, and end with one line and an exit code on a user's mistake."""
-    console = Console()
+    console = Console(markup=False)  # names are what they are
     if not console.is_terminal:
-        console = Console(width=140)
+        console = Console(markup=False, width=140)
     # Warnings say what was left out; the progress bar shows the rest.
     handler = RichHandler(console=console, show_path=False, show_time=False)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
@@ -119,14 +121,16 @@ def _settings(
 ) -> Settings:
     own = [f"app.config.dataset={dataset}"]
     if data_root is not None:
-        own.append(f"app.config.data-root={json.dumps(str(data_root))}")  # quoted as TOML does
+        own.append(
+            f"app.config.data-root={json.dumps(str(data_root), ensure_ascii=False)}"
+        )  # quoted as TOML does
 
     return load_settings(config, assignments=[*(assignments or []), *own], seed=environment_seed())
 
 
 def _show(console: Console, settings: Settings) -> None:
     """Open the dataset, with a progress bar while its store is made, and print its table."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("opening", total=1.0)
         dataset = load_dataset(

@@ -60,7 +60,7 @@ def read_npz(
                 found = ", ".join(archive) or "nothing"
                 raise DataError(
                     f"{file}: has no array {', '.join(absent)}, only {found}; "
-                    "save it with numpy.savez(file, X=..., y=...)"
+                    f"save it with numpy.savez(file, {', '.join(f'{n}=...' for n in required)})"
                 )
             arrays = {n: archive[n] for n in (*required, *optional) if n in archive}
     except _UNREADABLE as error:

@@ -46,10 +46,11 @@ class Dataset:
     user, model, device : int32 array (examples,)
         Where it was recorded, an index into the names; -1 where that is not known.
     recording : int32 array (examples,)
-        The uninterrupted recording that a window was cut from.
+        The recording that a window was cut from; recordings that several devices of one person
+        made at the same time count as one.
     position : int32 array (examples,)
         First sample of the window in its recording: two windows of one recording share
-        samples if their positions differ by less than their length.
+        samples, or time, if their positions differ by less than their length.
     names : Names
     content : str
         SHA-256 of the arrays: the same content has the same value on every machine.
@@ -163,10 +164,18 @@ class ClientData:
     ----------
     train, test : int64 array (n,)
         Disjoint rows, in ascending order.
+    left_out : int64 array (n,)
+        Rows of this client on neither side: windows that overlap with held-out ones.
     """
 
     train: NDArray[np.int64]
     test: NDArray[np.int64]
+    left_out: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """All rows that were dealt out to the client, in ascending order."""
+        return np.sort(np.concatenate([self.train, self.test, self.left_out]))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,17 @@ import numpy as np
 
 from fedge_sim.config import AppConfig
 from fedge_sim.data.base import Names
-from fedge_sim.data.hhar_csv import CLASSES, FileReport, Key, read_sensor_file
-from fedge_sim.data.resampling import ROW, Rows, Stream, clean, join, windows
+from fedge_sim.data.hhar_csv import CLASSES, LABELS, FileReport, Key, read_sensor_file
+from fedge_sim.data.resampling import (
+    ROW,
+    Recording,
+    Rows,
+    Stream,
+    clean,
+    join,
+    sessions,
+    windows,
+)
 from fedge_sim.data.store import Recipe, StoreWriter
 from fedge_sim.errors import ConfigError, DataError
 
@@ -25,7 +34,7 @@ log = logging.getLogger(__name__)
 
 SENSORS = ("accelerometer", "gyroscope")
 FOLDER = "Activity recognition exp"  # what the archive unpacks to
-MOST_LISTED = 20  # unknown labels in a warning; the manifest has them all
+MOST_LISTED = 20  # names in a message; the manifest has them all
 READING_SHARE = 0.8  # of the time that the whole takes
 
 
@@ -102,7 +111,20 @@ def _scatter(
         done += size
         reports.append(report)
         _log_left_out(file, report)
+        if report.rows == report.bad_rows + report.null_labels + sum(
+            report.unknown_labels.values()
+        ):
+            raise DataError(
+                f"{file}: none of its {report.rows:,} rows has a known label: "
+                f"{report.null_labels:,} have none, the others {_listed(report.unknown_labels)}; "
+                f"expected {', '.join(LABELS)} in the column gt"
+            )
     return scattered, reports
+
+
+def _listed(labels: Mapping[str, int]) -> str:
+    some = sorted(labels.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_LISTED]
+    return ", ".join(f"{label!r} ({n})" for label, n in some) or "nothing else"
 
 
 def _log_left_out(file: Path, report: FileReport) -> None:
@@ -112,28 +134,35 @@ def _log_left_out(file: Path, report: FileReport) -> None:
             *(file, report.bad_rows, report.rows),
         )
     if report.unknown_labels:
-        some = sorted(report.unknown_labels.items(), key=lambda pair: (-pair[1], pair[0]))
-        listed = ", ".join(f"{label!r} ({n})" for label, n in some[:MOST_LISTED])
+        listed = _listed(report.unknown_labels)
         log.warning("%s: rows with unknown labels left out: %s", file, listed)
 
 
 def _write_windows(
     scattered: Scattered, writer: StoreWriter, rate_hz: int, length: int, stride: int
 ) -> tuple[Names, list[dict[str, Any]]]:
-    """Make the windows of every device, and report what each gave."""
+    """Make the windows of every device, user by user, and report what each gave."""
     codes: tuple[dict[str, int], ...] = ({}, {}, {})
-    devices, recordings = [], 0
-    for number, key in enumerate(sorted(scattered)):
-        writer.tell(f"windows of user {key.user}", _share(number / len(scattered)))
-        entry: dict[str, Any] = {**key._asdict(), "windows": 0}
-        devices.append(entry)
-        streams = dict(_streams(scattered[key], entry))
-        if len(streams) < len(SENSORS):
+    entries: list[dict[str, Any]] = []
+    num_sessions = 0
+    for _, keys in groupby(sorted(scattered), key=lambda key: key.user):
+        recordings: list[tuple[Key, Recording]] = []
+        for key in keys:
+            writer.tell(f"windows of user {key.user}", _share(len(entries) / len(scattered)))
+            entry: dict[str, Any] = {**key._asdict(), "windows": 0}
+            entries.append(entry)
+            streams = dict(_streams(scattered[key], entry))
+            if len(streams) == len(SENSORS):
+                acc, gyro = (streams[sensor] for sensor in SENSORS)
+                own = list(join(acc, gyro, rate_hz, least=length))
+                entry["windows"] = sum(1 + (r.samples.shape[1] - length) // stride for r in own)
+                recordings += [(key, recording) for recording in own]
+        if not recordings:
             continue
-        acc, gyro = (streams[sensor] for sensor in SENSORS)
-        for recording in join(acc, gyro, rate_hz, least=length):
+        session, offset = sessions([recording for _, recording in recordings], rate_hz)
+        for number, (key, recording) in enumerate(recordings):
             x, y, position = windows(recording, length, stride, len(CLASSES))
-            # Devices come sorted by user, so users get their codes in sorted order.
+            # Users come in sorted order, and so do their codes.
             user, model, device = (
                 known.setdefault(name, len(known)) for known, name in zip(codes, key, strict=True)
             )
@@ -142,19 +171,18 @@ def _write_windows(
                 user=user,
                 model=model,
                 device=device,
-                recording=recordings,
-                position=position,
+                recording=num_sessions + session[number],
+                position=offset[number] + position,
             )
-            recordings += 1
-            entry["windows"] += len(y)
-    _log_devices(devices)
-    if recordings == 0:
+        num_sessions += int(session.max()) + 1
+    _log_devices(entries)
+    if num_sessions == 0:
         raise DataError(
             f"hhar: no window of {length} samples in {len(scattered)} devices: none has both "
             "sensors recorded together for so long without a gap of more than 0.5 s; "
             "check the files, or shorten window-seconds"
         )
-    return Names(CLASSES, *(tuple(names) for names in codes)), devices
+    return Names(CLASSES, *(tuple(names) for names in codes)), entries
 
 
 def _share(of_windows: float) -> float:
@@ -186,7 +214,9 @@ def _log_devices(devices: list[dict[str, Any]]) -> None:
             problem = entry.get("problem", "never both sensors for as long as a window")
             without[problem].append(f"{entry['user']}/{entry['device']}")
     for problem, names in without.items():
-        log.warning("user/device left out, %s: %s", problem, ", ".join(names))
+        more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+        listed = ", ".join(names[:MOST_LISTED])
+        log.warning("user/device left out, %s: %s%s", problem, listed, more)
     double = sum(entry[s]["recorded_twice"] for entry in devices for s in SENSORS if s in entry)
     if double:
         log.warning(
@@ -198,4 +228,6 @@ def _log_devices(devices: list[dict[str, Any]]) -> None:
     for entry in devices:
         users[entry["user"]] += entry["windows"]
     if none := [user for user, windows_of in users.items() if windows_of == 0]:
-        log.warning("users without any window, so in no client: %s", ", ".join(none))
+        more = f" and {len(none) - MOST_LISTED} more" if len(none) > MOST_LISTED else ""
+        listed = ", ".join(none[:MOST_LISTED])
+        log.warning("users without any window, so in no client: %s%s", listed, more)

@@ -3,18 +3,24 @@
 Partitions that flwr-datasets has are taken from there, over a table of rows and labels.
 """
 
+import hashlib
 import json
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from fedge_sim.config import Settings
 from fedge_sim.data.base import Dataset
+from fedge_sim.data.store import cache_folder, cannot_use, canonical
 from fedge_sim.errors import ConfigError, DataError, suggest
 from fedge_sim.randomness import stream
 
@@ -45,7 +51,8 @@ def partition(dataset: Dataset, settings: Settings) -> list[Rows]:
     name = settings.data.partition
     if name not in PARTITIONS:
         raise _problem(settings, f"unknown; {suggest(name, PARTITIONS)}")
-    rows = PARTITIONS[name](dataset, settings)
+    make = PARTITIONS[name]
+    rows = _once(make, dataset, settings) if make in LIBRARY else make(dataset, settings)
     for client, own in enumerate(rows):
         if len(own) < MIN_EXAMPLES:
             raise ConfigError.at(
@@ -57,6 +64,37 @@ def partition(dataset: Dataset, settings: Settings) -> list[Rows]:
                 "more data",
             )
     return rows
+
+
+def _once(make: Partition, dataset: Dataset, settings: Settings) -> list[Rows]:
+    """Keep what a partition gave beside the stores: the library takes seconds and much memory.
+
+    So only one of the processes that share a dataset needs it.
+    """
+    config, num_clients = settings.data, settings.hierarchy.num_clients
+    made_from = [
+        *(dataset.content, config.partition, num_clients, settings.seed),
+        *(config.partition_alpha, config.partition_classes, version("flwr-datasets")),
+    ]
+    cache = cache_folder(config)
+    file = cache / f"partition-{hashlib.sha256(canonical(made_from)).hexdigest()[:16]}.npy"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / "partition.lock"):
+            # The number of rows of every client, then the rows.
+            with suppress(FileNotFoundError, ValueError, EOFError):  # none yet, or no such file
+                flat = np.load(file, allow_pickle=False)
+                sizes = flat[:num_clients]
+                if flat.dtype == np.int64 and len(flat) == num_clients + sizes.sum():
+                    return np.split(flat[num_clients:], np.cumsum(sizes)[:-1])
+            rows = make(dataset, settings)
+            aside = file.with_suffix(".tmp")
+            with aside.open("wb") as opened:
+                np.save(opened, np.concatenate([[len(own) for own in rows], *rows]))
+            aside.replace(file)
+            return rows
+    except OSError as error:
+        raise cannot_use(cache, error) from None
 
 
 def by_user(dataset: Dataset, settings: Settings) -> list[Rows]:
@@ -131,7 +169,7 @@ def iid(dataset: Dataset, settings: Settings) -> list[Rows]:
 
 
 def dirichlet(dataset: Dataset, settings: Settings) -> list[Rows]:
-    """Share each class out by Dirichlet(alpha) over clients (Hsu et al. 2019; alpha, seed)."""
+    """Share each class out over clients by Dirichlet(alpha) (Yurochkin et al. 2019)."""
     from flwr_datasets.partitioner import DirichletPartitioner
 
     partitioner = DirichletPartitioner(
@@ -221,10 +259,11 @@ def from_file(dataset: Dataset, settings: Settings) -> list[Rows]:
     if not settings.data.partition_file:
         raise _problem(settings, "needs partition-file, the JSON file {server: {client: [rows]}}")
     try:
-        servers = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8-sig")
+        servers = json.loads(text, object_pairs_hook=partial(_without_repeats, file))
     except OSError as error:
         raise DataError(f"{file}: cannot read the partition ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: no JSON file: {error}") from None
     clients = [_in_order(file, server) for server in _in_order(file, servers)]
     found = tuple(len(server) for server in clients)
@@ -246,7 +285,7 @@ def _in_order(file: Path, mapping: object) -> list[Any]:
     """Return a mapping's values in the order of the numbers at the end of its keys."""
     numbered = {}
     if isinstance(mapping, Mapping):
-        numbered = {re.search(r"\d+$", key): value for key, value in mapping.items()}
+        numbered = {re.search(r"\d{1,9}$", key): value for key, value in mapping.items()}
     numbers = [int(match.group()) for match in numbered if match]
     if not numbers or len(set(numbers)) < len(numbered):
         raise DataError(
@@ -256,15 +295,24 @@ def _in_order(file: Path, mapping: object) -> list[Any]:
     return [value for _, value in sorted(zip(numbers, numbered.values(), strict=True))]
 
 
-def _checked_rows(file: Path, rows: object, num_examples: int) -> Rows:
+def _without_repeats(file: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object's dict, but not if a key's second value would replace its first."""
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise DataError(f"{file}: key {twice!r} stands twice in one place; give it one list")
+    return mapping
+
+
+def _checked_rows(file: Path, rows: Any, num_examples: int) -> Rows:
     whole = isinstance(rows, list) and all(type(row) is int for row in rows)
-    own = np.asarray(rows if whole else [-1], np.int64)
-    if len(own) and not 0 <= own.min() <= own.max() < num_examples:
+    if not whole or not all(0 <= row < num_examples for row in rows):
         raise DataError(
             f"{file}: a client's rows must be whole numbers from 0 to {num_examples - 1}, the "
             "examples of this dataset"
         )
-    return own
+    return np.asarray(rows, np.int64)
 
 
 def _problem(settings: Settings, problem: str) -> ConfigError:
@@ -281,3 +329,4 @@ PARTITIONS: dict[str, Partition] = {
     "quantity": quantity,
     "file": from_file,
 }
+LIBRARY = (iid, dirichlet, shards, quantity)

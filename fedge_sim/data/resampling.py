@@ -3,7 +3,7 @@
 Times are in nanoseconds. Rows come as a structured array, :data:`ROW`, in file order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,11 +60,14 @@ class Recording:
 
     Attributes
     ----------
+    begin : int
+        Time of the first sample, nanoseconds on the recorder's clock.
     samples : float32 array (6, n)
         acc_x, acc_y, acc_z, gyro_x, gyro_y, gyro_z.
     label : int8 array (n,)
     """
 
+    begin: int
     samples: NDArray[np.float32]
     label: NDArray[np.int8]
 
@@ -127,8 +130,7 @@ def _one_after_another(time: NDArray[np.int64], rows: Rows, first: NDArray[np.in
     kept = np.flatnonzero(time > covered[piece])
     kept = kept[np.lexsort((time[kept], rank[piece[kept]]))]
     time, piece = time[kept], piece[kept]
-    new = np.r_[len(kept) > 0, (piece[1:] != piece[:-1]) | (np.diff(time) > MAX_GAP)]
-    starts = np.flatnonzero(new[: len(kept)])
+    starts = np.flatnonzero(np.r_[len(kept) > 0, piece[1:] != piece[:-1]][: len(kept)])
     return Stream(
         time=time,
         xyz=rows["xyz"][kept],
@@ -170,6 +172,7 @@ def join(acc: Stream, gyro: Stream, rate_hz: int, least: int) -> Iterator[Record
             grid = begin + (np.arange(n) * period).astype(np.int64)
             last = np.maximum(np.searchsorted(time, grid, side="right") - 1, 0)
             yield Recording(
+                begin=int(begin),
                 samples=np.concatenate(
                     [
                         resample(time, acc.xyz[piece], begin, rate_hz, n),
@@ -178,6 +181,32 @@ def join(acc: Stream, gyro: Stream, rate_hz: int, least: int) -> Iterator[Record
                 ),
                 label=acc.label[piece][last],  # of the last row at or before the sample
             )
+
+
+def sessions(
+    recordings: Sequence[Recording], rate_hz: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Group recordings of one person that overlap in time, whichever device made them.
+
+    Returns
+    -------
+    session : int64 array (recordings,)
+        Number of the group, from 0, in order of time.
+    offset : int64 array (recordings,)
+        Samples from the beginning of the group to that of the recording.
+    """
+    begin = np.array([recording.begin for recording in recordings], np.int64)
+    length = np.array([recording.samples.shape[1] for recording in recordings])
+    end = begin + (length * (1e9 / rate_hz)).astype(np.int64)
+    order = np.argsort(begin, kind="stable")
+    latest = np.maximum.accumulate(end[order])
+    first = np.r_[True, begin[order][1:] >= latest[:-1]]
+    number = np.cumsum(first) - 1
+    session, offset = np.empty_like(begin), np.empty_like(begin)
+    session[order] = number
+    start = begin[order][first][number]
+    offset[order] = np.round((begin[order] - start) * (rate_hz * 1e-9))
+    return session, offset
 
 
 def resample(

@@ -1,6 +1,6 @@
 """Which of a client's examples are held out for testing: a fifth of them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,25 +9,49 @@ from fedge_sim.data.base import ClientData, Dataset
 from fedge_sim.randomness import stream
 
 TEST_SHARE = 0.2
+Rows = NDArray[np.int64]
 
 
-def random_split(_dataset: Dataset, rows: NDArray[np.int64], seed: int, client: int) -> ClientData:
-    """Hold out 20 % of a client's examples at random, at least one, seeded by (seed, client).
+def split(dataset: Dataset, rows: Sequence[Rows], kind: str, seed: int) -> tuple[ClientData, ...]:
+    """Hold out a fifth of every client's examples, at least one.
 
-    Windows that overlap can come to stand on both sides: a model is then tested on samples
-    that it has seen.
+    Parameters
+    ----------
+    dataset : Dataset
+    rows : sequence of int64 array (n,)
+        The examples of client 0, 1, ...
+    kind : str
+        ``"random"``: any of them. Windows that overlap can come to stand on both sides: a model
+        is then tested on samples that it has seen. ``"blocked"``: one contiguous block of each
+        class; and windows that overlap with a held-out one, of whichever client, are left out
+        of training, as all clients train one model.
+    seed : int
+        Each client's draw is named by it and the client.
     """
+    if kind == "random":
+        return tuple(random_split(own, seed, client) for client, own in enumerate(rows))
+    held_out = [blocks(dataset, own, seed, client) for client, own in enumerate(rows)]
+    tested = np.concatenate(held_out)
+    parts = []
+    for own, test in zip(rows, held_out, strict=True):
+        others = np.setdiff1d(own, test)
+        leaks = overlapping(dataset, others, tested)
+        parts.append(ClientData(train=others[~leaks], test=test, left_out=others[leaks]))
+    return tuple(parts)
+
+
+def random_split(rows: Rows, seed: int, client: int) -> ClientData:
+    """Hold out 20 % of a client's examples at random, at least one."""
     num_test = max(1, round(TEST_SHARE * len(rows)))
     shuffled = stream(seed, "split", client).permutation(rows)
     return ClientData(train=np.sort(shuffled[num_test:]), test=np.sort(shuffled[:num_test]))
 
 
-def blocked_split(dataset: Dataset, rows: NDArray[np.int64], seed: int, client: int) -> ClientData:
-    """Hold out one contiguous block of each class, a fifth of it, seeded by (seed, client).
+def blocks(dataset: Dataset, rows: Rows, seed: int, client: int) -> Rows:
+    """Return one block of each class, a fifth of it, or one example where that is none.
 
     The windows of a class are put in order of recording and time, and the block begins at a
-    random place. Windows that share samples with a held-out one are left out of training: the
-    gap on either side of a block. At least one example is held out.
+    random place.
     """
     rng = stream(seed, "split/blocked", client)
     order = rows[np.lexsort((dataset.position[rows], dataset.recording[rows]))]
@@ -40,28 +64,20 @@ def blocked_split(dataset: Dataset, rows: NDArray[np.int64], seed: int, client: 
         held_out[own[begin : begin + num_test]] = True
     if not held_out.any():
         held_out[rng.integers(len(order))] = True
-    leaks = _overlaps(dataset, order, held_out)
-    return ClientData(train=np.sort(order[~held_out & ~leaks]), test=np.sort(order[held_out]))
+    return np.sort(order[held_out])
 
 
-def _overlaps(
-    dataset: Dataset, order: NDArray[np.int64], chosen: NDArray[np.bool_]
-) -> NDArray[np.bool_]:
-    """Tell which windows share samples with a chosen one; rows in order of recording and time."""
+def overlapping(dataset: Dataset, rows: Rows, others: Rows) -> NDArray[np.bool_]:
+    """Tell which of some windows share samples, or their time, with one of the others."""
     length = dataset.x.shape[-1]
-    recording, position = dataset.recording[order], dataset.position[order].astype(np.int64)
+    position = dataset.position.astype(np.int64) - dataset.position.min()
     # A line on which windows of different recordings never come near each other.
     stretch = int(position.max()) + length
-    place = recording.astype(np.int64) * stretch + position
-    of_chosen = place[chosen]
-    after = np.searchsorted(of_chosen, place)
-    before = np.maximum(after - 1, 0)
-    after = np.minimum(after, len(of_chosen) - 1)
-    distance = np.minimum(abs(of_chosen[after] - place), abs(of_chosen[before] - place))
-    return np.asarray(distance < length)
-
-
-SPLITS: dict[str, Callable[[Dataset, NDArray[np.int64], int, int], ClientData]] = {
-    "random": random_split,
-    "blocked": blocked_split,
-}
+    place = dataset.recording.astype(np.int64) * stretch + position
+    of_others = np.sort(place[others])
+    after = np.searchsorted(of_others, place[rows])
+    distances = [
+        abs(of_others[near.clip(0, len(of_others) - 1)] - place[rows])
+        for near in (after - 1, after)
+    ]
+    return np.asarray(np.minimum(*distances) < length)

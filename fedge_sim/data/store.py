@@ -91,11 +91,11 @@ def open_dataset(recipe: Recipe, cache: Path, tell: Tell = tell_nobody) -> Datas
         If the source cannot be read, or the store cannot be written.
     """
     folder = cache / f"{recipe.dataset}-{_key(recipe)}"
-    with suppress(FileNotFoundError, StoreDamagedError):
-        return _open(folder)
     try:
+        with suppress(FileNotFoundError, StoreDamagedError):
+            return _open(folder)
         cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{folder.name}.lock"):
+        with FileLock(cache / f"{recipe.dataset}.lock"):
             try:
                 return _open(folder)  # made by another process in the meantime
             except FileNotFoundError:
@@ -105,7 +105,7 @@ def open_dataset(recipe: Recipe, cache: Path, tell: Tell = tell_nobody) -> Datas
             _build(recipe, folder, tell)
             return _open(folder)
     except OSError as error:
-        raise _cannot_write(cache, error) from None
+        raise cannot_use(cache, error) from None
 
 
 def _key(recipe: Recipe) -> str:
@@ -118,10 +118,11 @@ def _key(recipe: Recipe) -> str:
             raise DataError(f"{path}: cannot be read ({error.strerror})") from None
         files.append([path.name, stat.st_size, stat.st_mtime_ns])
     made_from = {"settings": recipe.settings, "files": files}
-    return hashlib.sha256(_canonical(made_from)).hexdigest()[:16]
+    return hashlib.sha256(canonical(made_from)).hexdigest()[:16]
 
 
-def _canonical(value: object) -> bytes:
+def canonical(value: object) -> bytes:
+    """Return JSON that is the same for the same value, to be hashed."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
@@ -175,7 +176,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise StoreDamagedError(f"{MANIFEST} cannot be read ({error})") from None
     if version != FORMAT:
         raise StoreDamagedError(f"it is of format {version}, this version writes {FORMAT}")
-    if seal != hashlib.sha256(_canonical(manifest)).hexdigest():
+    if seal != hashlib.sha256(canonical(manifest)).hexdigest():
         raise StoreDamagedError(f"{MANIFEST} was changed")
     return dict(manifest)
 
@@ -206,10 +207,10 @@ def _build(recipe: Recipe, folder: Path, tell: Tell) -> None:
             "examples": writer.num_examples,
             "arrays": arrays,
             "content": hashlib.sha256(
-                _canonical([[name, a["sha256"]] for name, a in arrays.items()])
+                canonical([[name, a["sha256"]] for name, a in arrays.items()])
             ).hexdigest(),
         }
-        manifest["seal"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+        manifest["seal"] = hashlib.sha256(canonical(manifest)).hexdigest()
         (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
@@ -353,9 +354,10 @@ class _ArrayFile:
         np.lib.format.write_array_header_1_0(self._file, form)
 
 
-def _cannot_write(cache: Path, error: OSError) -> DataError:
+def cannot_use(cache: Path, error: OSError) -> DataError:
+    """Return the error for a cache folder that cannot be read or written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         problem = "the disk is full; nothing half-written was left; free some space, or"
     else:
-        problem = f"cannot be written to ({error.strerror or error});"
+        problem = f"cannot be used ({error.strerror or error});"
     return DataError(f"{cache}: {problem} set [app.config] cache-dir to another folder")

@@ -93,14 +93,10 @@ class TableWriter(Callback):
 def partition_of(info: RunInfo) -> dict[str, dict[str, list[int]]]:
     """Return the rows of the dataset by server and client, as ``partition-file`` takes them.
 
-    Training and test rows together: the split follows from them, the seed and ``split``.
+    All that were dealt out: the split follows from them, the seed and ``split``.
     """
     return {
-        str(leaf): {
-            str(client): sorted([*own.train.tolist(), *own.test.tolist()])
-            for client in clients
-            for own in [info.data.clients[client]]
-        }
+        str(leaf): {str(client): info.data.clients[client].rows.tolist() for client in clients}
         for leaf, clients in enumerate(info.settings.hierarchy.leaf_clients)
     }
 
