@@ -10,7 +10,8 @@ from tests.conftest import ROOT, clean_environment
 
 def test_the_example_of_own_data_runs(tmp_path):
     section = (ROOT / "README.md").read_text().split("### Your own data")[1].split("\n### ")[0]
-    script, command = re.findall(r"```(?:python)?\n(.*?)```", section, flags=re.DOTALL)
+    script, command, images = re.findall(r"```(?:python)?\n(.*?)```", section, flags=re.DOTALL)
+    assert "app.config.dataset=digits" in images
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:3] == [".venv/bin/python", "-m", "fedge_sim.orchestrator"]
