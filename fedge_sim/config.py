@@ -87,6 +87,12 @@ class AppConfig(_Table):
     output_dir: AbsolutePath = "results"
     overrides: str = ""
 
+    @property
+    def window_samples(self) -> tuple[int, int]:
+        """Samples of a window, and from one window to the next."""
+        stride = round(self.sample_rate_hz * self.window_stride_seconds)
+        return round(self.sample_rate_hz * self.window_seconds), max(1, stride)
+
 
 class Hierarchy(_Table):
     """``[tool.flwr.hierarchy]``: the topology and how clients, leaves and cloud learn."""

@@ -26,8 +26,9 @@ import polars as pl
 import typer
 from numpy.typing import NDArray
 
+from fedge_sim.data.hhar_synthetic import GRAVITY, Activity
+
 USERS = "abcdefghi"
-GRAVITY = 9.81  # m/s^2
 EPOCH_SECONDS = 1_424_696_633  # first user's first day, Unix time
 DAY_SECONDS = 86_400
 
@@ -48,43 +49,16 @@ SENSORS = tuple(RESOLUTION)
 PERSON, PLAN, SAMPLES = range(3)
 
 
-@dataclass(frozen=True)
-class Activity:
-    """One activity's movement: a periodic motion about a posture.
-
-    Attributes
-    ----------
-    gt : str
-        Its label in the files.
-    tempo : float
-        Cycles a second.
-    swing : float
-        Amplitude of the acceleration, m/s^2.
-    spin : float
-        Amplitude of the rotation rate, rad/s.
-    pitch : float
-        Posture: angle of the device to the vertical, degrees.
-    skew : float
-        Share of the second harmonic.
-    """
-
-    gt: str
-    tempo: float
-    swing: float
-    spin: float
-    pitch: float
-    skew: float = 0.0
-
-
+# Named as in the files.
 ACTIVITIES = (
-    Activity("bike", tempo=1.3, swing=1.3, spin=1.5, pitch=30.0),
-    Activity("sit", tempo=0.3, swing=0.1, spin=0.03, pitch=60.0),
-    Activity("stand", tempo=0.5, swing=0.2, spin=0.06, pitch=8.0),
-    Activity("walk", tempo=1.9, swing=2.6, spin=0.9, pitch=5.0),
+    Activity("bike", tempo=1.3, swing=1.3, spin=1.5, pitch=30.0, skew=0.0),
+    Activity("sit", tempo=0.3, swing=0.1, spin=0.03, pitch=60.0, skew=0.0),
+    Activity("stand", tempo=0.5, swing=0.2, spin=0.06, pitch=8.0, skew=0.0),
+    Activity("walk", tempo=1.9, swing=2.6, spin=0.9, pitch=5.0, skew=0.0),
     Activity("stairsup", tempo=1.6, swing=2.2, spin=0.8, pitch=14.0, skew=0.5),
     Activity("stairsdown", tempo=2.1, swing=3.2, spin=1.0, pitch=2.0, skew=-0.5),
 )
-NULL = Activity("null", tempo=0.8, swing=0.8, spin=0.5, pitch=35.0)
+NULL = Activity("null", tempo=0.8, swing=0.8, spin=0.5, pitch=35.0, skew=0.0)
 
 
 @dataclass(frozen=True)
@@ -325,7 +299,7 @@ def stream(
             "User": USERS[user],
             "Model": device.model,
             "Device": device.name,
-            "gt": bout.activity.gt,
+            "gt": bout.activity.name,
         }
         repeated = {key: pl.Series([name]).new_from_index(0, n) for key, name in names.items()}
         frames.append(pl.DataFrame(numbers | repeated))

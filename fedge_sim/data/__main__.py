@@ -64,8 +64,9 @@ def describe(
         settings = _settings(dataset, data_root, config, assignments)
         _show(console, settings)
         data = federate(settings)
-        distance, sizes = label_distance(data), client_sizes(data)
-        console.print(_client_table(data, settings, distance))
+        counts = label_counts(data)
+        distance, sizes = label_distance(counts), counts.sum(axis=1)
+        console.print(_client_table(data, settings, counts, distance))
         console.print(
             f"distance: mean {distance.mean():.3f}, largest {distance.max():.3f} (total variation "
             "of the shares of classes to those of all clients: 0 the same, 1 no class in common)\n"
@@ -76,28 +77,27 @@ def describe(
         )
 
 
-def label_distance(data: FederatedData) -> NDArray[np.float64]:
+def label_counts(data: FederatedData) -> NDArray[np.int64]:
+    """Return the examples (clients, classes) that each client has for training and testing."""
+    labels = (data.dataset.y[np.concatenate([c.train, c.test])] for c in data.clients)
+    return np.stack([np.bincount(own, minlength=len(data.classes)) for own in labels])
+
+
+def label_distance(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return how far each client's shares of classes are from those of all clients together.
+
+    Parameters
+    ----------
+    counts : int64 array (clients, classes)
 
     Returns
     -------
     float64 array (clients,)
         Total variation distance, half the sum of absolute differences: 0 to 1.
     """
-    counts = np.stack(
-        [
-            np.bincount(data.dataset.y[rows], minlength=len(data.classes))
-            for rows in (client.rows for client in data.clients)
-        ]
-    )
     shares = counts / counts.sum(axis=1, keepdims=True)
     overall = counts.sum(axis=0) / counts.sum()
     return np.asarray(abs(shares - overall).sum(axis=1) / 2)
-
-
-def client_sizes(data: FederatedData) -> NDArray[np.int64]:
-    """Return the examples of each client, for training and testing together."""
-    return np.array([len(client.train) + len(client.test) for client in data.clients])
 
 
 @contextmanager
@@ -121,10 +121,8 @@ def _settings(
 ) -> Settings:
     own = [f"app.config.dataset={dataset}"]
     if data_root is not None:
-        own.append(
-            f"app.config.data-root={json.dumps(str(data_root), ensure_ascii=False)}"
-        )  # quoted as TOML does
-
+        quoted = json.dumps(str(data_root), ensure_ascii=False)  # as TOML does
+        own.append(f"app.config.data-root={quoted}")
     return load_settings(config, assignments=[*(assignments or []), *own], seed=environment_seed())
 
 
@@ -161,9 +159,8 @@ def _user_table(dataset: Dataset, name: str) -> Table:
     codes = dataset.user.astype(np.int64) * len(classes) + dataset.y
     if users:
         counts = np.bincount(codes, minlength=len(users) * len(classes))
-        for user, row in list(zip(users, counts.reshape(-1, len(classes)), strict=True))[
-            :MOST_ROWS
-        ]:
+        by_user = counts.reshape(-1, len(classes))[:MOST_ROWS]
+        for user, row in zip(users, by_user, strict=False):
             table.add_row(user, *(f"{n:,}" for n in (*row, row.sum())))
     if len(users) > MOST_ROWS:
         table.add_row(f"{len(users) - MOST_ROWS} more")
@@ -173,7 +170,12 @@ def _user_table(dataset: Dataset, name: str) -> Table:
     return table
 
 
-def _client_table(data: FederatedData, settings: Settings, distance: NDArray[np.float64]) -> Table:
+def _client_table(
+    data: FederatedData,
+    settings: Settings,
+    counts: NDArray[np.int64],
+    distance: NDArray[np.float64],
+) -> Table:
     config = settings.data
     table = Table(
         title=f"partition {config.partition}, split {config.split}, seed {settings.seed}: clients"
@@ -182,12 +184,9 @@ def _client_table(data: FederatedData, settings: Settings, distance: NDArray[np.
         table.add_column(header, justify="right")
     servers = [leaf for leaf, own in enumerate(settings.hierarchy.leaf_clients) for _ in own]
     for client, own in enumerate(data.clients[:MOST_ROWS]):
-        labels = data.dataset.y[np.concatenate([own.train, own.test])]
-        counts = np.bincount(labels, minlength=len(data.classes))
         numbers = (servers[client], client, len(own.train), len(own.test))
-        table.add_row(
-            *(f"{n:,}" for n in numbers), f"{distance[client]:.3f}", *(f"{n:,}" for n in counts)
-        )
+        by_class = (f"{n:,}" for n in counts[client])
+        table.add_row(*(f"{n:,}" for n in numbers), f"{distance[client]:.3f}", *by_class)
     if len(data.clients) > MOST_ROWS:
         table.add_row(f"{len(data.clients) - MOST_ROWS} more")
     return table

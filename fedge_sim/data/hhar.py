@@ -6,7 +6,7 @@ and sensor, and then become windows device by device, so memory does not grow wi
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import count, groupby
 from pathlib import Path
@@ -46,7 +46,7 @@ def recipe(config: AppConfig) -> Recipe:
     ConfigError, DataError
         If a window would have fewer than 2 samples, or a file is missing.
     """
-    length = round(config.sample_rate_hz * config.window_seconds)
+    length, stride = config.window_samples
     if length < 2:
         raise ConfigError.at(
             "app.config",
@@ -54,7 +54,6 @@ def recipe(config: AppConfig) -> Recipe:
             config.window_seconds,
             "a window must have at least 2 samples at this sample-rate-hz",
         )
-    stride = max(1, round(config.sample_rate_hz * config.window_stride_seconds))
     files = {sensor: _files(config, sensor) for sensor in SENSORS}
 
     def write(writer: StoreWriter) -> tuple[Names, Mapping[str, Any]]:
@@ -111,20 +110,23 @@ def _scatter(
         done += size
         reports.append(report)
         _log_left_out(file, report)
-        if report.rows == report.bad_rows + report.null_labels + sum(
-            report.unknown_labels.values()
-        ):
+        if report.used == 0:
             raise DataError(
                 f"{file}: none of its {report.rows:,} rows has a known label: "
-                f"{report.null_labels:,} have none, the others {_listed(report.unknown_labels)}; "
+                f"{report.null_labels:,} have none, the others {_counted(report.unknown_labels)}; "
                 f"expected {', '.join(LABELS)} in the column gt"
             )
     return scattered, reports
 
 
-def _listed(labels: Mapping[str, int]) -> str:
-    some = sorted(labels.items(), key=lambda pair: (-pair[1], pair[0]))[:MOST_LISTED]
-    return ", ".join(f"{label!r} ({n})" for label, n in some) or "nothing else"
+def _counted(labels: Mapping[str, int]) -> str:
+    by_count = sorted(labels.items(), key=lambda pair: (-pair[1], pair[0]))
+    return _listed([f"{label!r} ({n})" for label, n in by_count]) or "nothing else"
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return ", ".join(names[:MOST_LISTED]) + more
 
 
 def _log_left_out(file: Path, report: FileReport) -> None:
@@ -134,7 +136,7 @@ def _log_left_out(file: Path, report: FileReport) -> None:
             *(file, report.bad_rows, report.rows),
         )
     if report.unknown_labels:
-        listed = _listed(report.unknown_labels)
+        listed = _counted(report.unknown_labels)
         log.warning("%s: rows with unknown labels left out: %s", file, listed)
 
 
@@ -214,9 +216,7 @@ def _log_devices(devices: list[dict[str, Any]]) -> None:
             problem = entry.get("problem", "never both sensors for as long as a window")
             without[problem].append(f"{entry['user']}/{entry['device']}")
     for problem, names in without.items():
-        more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-        listed = ", ".join(names[:MOST_LISTED])
-        log.warning("user/device left out, %s: %s%s", problem, listed, more)
+        log.warning("user/device left out, %s: %s", problem, _listed(names))
     double = sum(entry[s]["recorded_twice"] for entry in devices for s in SENSORS if s in entry)
     if double:
         log.warning(
@@ -228,6 +228,4 @@ def _log_devices(devices: list[dict[str, Any]]) -> None:
     for entry in devices:
         users[entry["user"]] += entry["windows"]
     if none := [user for user, windows_of in users.items() if windows_of == 0]:
-        more = f" and {len(none) - MOST_LISTED} more" if len(none) > MOST_LISTED else ""
-        listed = ", ".join(none[:MOST_LISTED])
-        log.warning("users without any window, so in no client: %s%s", listed, more)
+        log.warning("users without any window, so in no client: %s", _listed(none))

@@ -51,6 +51,11 @@ class FileReport:
     null_labels: int = 0
     unknown_labels: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def used(self) -> int:
+        """Rows that were not left out."""
+        return self.rows - self.bad_rows - self.null_labels - sum(self.unknown_labels.values())
+
 
 class _Layout(NamedTuple):
     separator: str

@@ -11,12 +11,12 @@ from string import ascii_lowercase
 from typing import Any
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
 from fedge_sim.config import AppConfig
 from fedge_sim.data.base import Names
+from fedge_sim.data.resampling import Recording, windows
 from fedge_sim.data.store import Recipe, StoreWriter
 from fedge_sim.errors import ConfigError
 from fedge_sim.randomness import stream
@@ -88,7 +88,7 @@ def recipe(config: AppConfig) -> Recipe:
     ConfigError
         If a window is longer than the shortest recording, or has fewer than 2 samples.
     """
-    length = round(config.sample_rate_hz * config.window_seconds)
+    length, stride = config.window_samples
     if not 2 <= length <= SECONDS_PER_ACTIVITY[0] * config.sample_rate_hz:
         raise ConfigError.at(
             "app.config",
@@ -96,7 +96,6 @@ def recipe(config: AppConfig) -> Recipe:
             config.window_seconds,
             f"a window must have at least 2 samples and last at most {SECONDS_PER_ACTIVITY[0]} s",
         )
-    stride = max(1, round(config.sample_rate_hz * config.window_stride_seconds))
     num_users, num_windows = config.synthetic_clients, config.synthetic_windows_per_client
 
     def write(writer: StoreWriter) -> tuple[Names, dict[str, Any]]:
@@ -114,15 +113,12 @@ def recipe(config: AppConfig) -> Recipe:
                     samples = (n - 1) * stride + length
                 else:
                     samples = int(rng.uniform(*SECONDS_PER_ACTIVITY) * config.sample_rate_hz)
-                recording = _recording(activity, person, samples, config.sample_rate_hz, rng)
-                cut = sliding_window_view(recording, length, axis=1)[:, ::stride]  # (6, n, length)
-                writer.add(
-                    cut.transpose(1, 0, 2).astype(np.float32, order="C"),
-                    np.full(cut.shape[1], label),
-                    user=user,
-                    recording=user * len(ACTIVITIES) + label,
-                    position=np.arange(cut.shape[1]) * stride,
-                )
+                made = _samples(activity, person, samples, config.sample_rate_hz, rng)
+                labels = np.full(samples, label, np.int8)
+                recording = Recording(0, made.astype(np.float32), labels)
+                x, y, position = windows(recording, length, stride, len(ACTIVITIES))
+                number = user * len(ACTIVITIES) + label
+                writer.add(x, y, user=user, recording=number, position=position)
         classes = tuple(activity.name for activity in ACTIVITIES)
         return Names(classes, users=tuple(user_names(num_users))), {}
 
@@ -161,7 +157,7 @@ def _person(seed: int, user: int, turned: bool) -> _Person:
     )
 
 
-def _recording(
+def _samples(
     activity: Activity, person: _Person, samples: int, rate_hz: int, rng: np.random.Generator
 ) -> NDArray[np.float64]:
     """Return the stream (6, samples) of one user who does one activity for a while."""

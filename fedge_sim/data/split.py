@@ -31,12 +31,12 @@ def split(dataset: Dataset, rows: Sequence[Rows], kind: str, seed: int) -> tuple
     if kind == "random":
         return tuple(random_split(own, seed, client) for client, own in enumerate(rows))
     held_out = [blocks(dataset, own, seed, client) for client, own in enumerate(rows)]
-    tested = np.concatenate(held_out)
+    leaks = overlapping(dataset, np.concatenate(held_out))
     parts = []
     for own, test in zip(rows, held_out, strict=True):
         others = np.setdiff1d(own, test)
-        leaks = overlapping(dataset, others, tested)
-        parts.append(ClientData(train=others[~leaks], test=test, left_out=others[leaks]))
+        leaking = leaks[others]
+        parts.append(ClientData(train=others[~leaking], test=test, left_out=others[leaking]))
     return tuple(parts)
 
 
@@ -67,17 +67,16 @@ def blocks(dataset: Dataset, rows: Rows, seed: int, client: int) -> Rows:
     return np.sort(order[held_out])
 
 
-def overlapping(dataset: Dataset, rows: Rows, others: Rows) -> NDArray[np.bool_]:
-    """Tell which of some windows share samples, or their time, with one of the others."""
+def overlapping(dataset: Dataset, rows: Rows) -> NDArray[np.bool_]:
+    """Tell of each window of the dataset whether it shares samples, or time, with one of these."""
     length = dataset.x.shape[-1]
     position = dataset.position.astype(np.int64) - dataset.position.min()
     # A line on which windows of different recordings never come near each other.
     stretch = int(position.max()) + length
     place = dataset.recording.astype(np.int64) * stretch + position
-    of_others = np.sort(place[others])
-    after = np.searchsorted(of_others, place[rows])
+    of_these = np.sort(place[rows])
+    after = np.searchsorted(of_these, place)
     distances = [
-        abs(of_others[near.clip(0, len(of_others) - 1)] - place[rows])
-        for near in (after - 1, after)
+        abs(of_these[near.clip(0, len(of_these) - 1)] - place) for near in (after - 1, after)
     ]
     return np.asarray(np.minimum(*distances) < length)
