@@ -1,6 +1,6 @@
 # Every target builds .venv on first use, with the exact versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: run run-hhar test lint bench bench-data clean help
+.PHONY: run run-hhar test lint bench bench-overhead bench-data clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -31,6 +31,9 @@ lint: $(READY)  ## check style and types
 
 bench: $(READY)  ## measure against plain Flower, side by side
 	$(BIN)/python scripts/bench.py --workload w1 $(ARGS)
+
+bench-overhead: $(READY)  ## the same with clients that do nothing: the cost of a round, by clients
+	$(BIN)/python scripts/bench.py --workload overhead $(ARGS)
 
 bench-data: $(READY)  ## measure reading HHAR's files, and opening a store
 	$(BIN)/python scripts/bench_data.py $(ARGS)

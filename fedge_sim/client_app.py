@@ -6,6 +6,7 @@ the same wherever it runs. What a node may say itself, in its ``node-config``:
 where its data lies.
 """
 
+import threading
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import nn
 from fedge_sim import records
 from fedge_sim.config import Settings, settings_from_json
 from fedge_sim.data import FederatedData, federated_data
-from fedge_sim.data.base import DataSummary
+from fedge_sim.data.base import CPU, DataSummary, Examples
 from fedge_sim.errors import FedgeError
 from fedge_sim.models import build_model
 from fedge_sim.randomness import stream
+from fedge_sim.runtime import gpu
 from fedge_sim.training import local
+from fedge_sim.training.device import device, device_of
 
 app = ClientApp()
 
@@ -80,14 +83,16 @@ def train(message: Message, context: Context) -> Message:
     config = records.config_of(message)
     settings, data, model = _prepare(message, context)
     h, client = settings.hierarchy, config[records.CLIENT_ID]
+    batch_size, accumulation = gpu.batch_of(settings)
     result = local.train(
         model,
-        data.examples(client),
+        _examples(settings, data, client, model),
         data.clients[client].train,
         local.TrainSettings(
             lr=config[records.LR],
             local_epochs=h.local_epochs,
-            batch_size=h.batch_size,
+            batch_size=batch_size,
+            accumulation=accumulation,
             momentum=h.momentum,
             weight_decay=h.weight_decay,
             clip_norm=h.clip_norm,
@@ -113,7 +118,7 @@ def evaluate(message: Message, context: Context) -> Message:
     config = records.config_of(message)
     settings, data, model = _prepare(message, context)
     client = config[records.CLIENT_ID]
-    examples, own = data.examples(client), data.clients[client]
+    examples, own = _examples(settings, data, client, model), data.clients[client]
     metrics = MetricRecord()
     for split in config[records.SPLITS]:
         rows = own.test if split == "test" else own.train
@@ -137,6 +142,54 @@ def _prepare(message: Message, context: Context) -> tuple[Settings, FederatedDat
     settings = _settings(records.config_of(message), context)
     torch.set_num_threads(settings.runtime.threads_per_client)
     data = federated_data(settings)
-    model = build_model(settings.data.model, data.example_shape, len(data.classes))
+    model = _network(settings, data)
     records.load_arrays(model, records.to_arrays(records.arrays_of(message)))
     return settings, data, model
+
+
+class _Kept(threading.local):
+    """The network that a thread used last, and of what kind it is."""
+
+    kind: object = None
+    network: nn.Module | None = None
+
+
+_kept = _Kept()
+
+
+def _network(settings: Settings, data: FederatedData) -> nn.Module:
+    """Return a network of arbitrary values where this process trains, the last one if kept."""
+    profile = _profile(settings)
+    where = device() if profile.gpu_fraction > 0 else CPU
+    kind = (settings.data.model, data.example_shape, len(data.classes), where)
+    network = _kept.network
+    if network is None or kind != _kept.kind or not profile.keep_warm:
+        network = build_model(*kind[:3]).to(where)
+        _kept.kind, _kept.network = (kind, network) if profile.keep_warm else (None, None)
+    return network
+
+
+def _examples(settings: Settings, data: FederatedData, client: int, model: nn.Module) -> Examples:
+    profile = _profile(settings)
+    return data.examples(
+        client, device_of(model), caching=profile.caching, pipelining=profile.pipelining
+    )
+
+
+def _profile(settings: Settings) -> gpu.Profile:
+    """Return the GPU profile as it holds in this process."""
+    return gpu.resolve(settings.runtime, torch.cuda.device_count())
+
+
+def probe(settings: Settings) -> None:
+    """Train and evaluate the client with most examples on a few batches, to see what it takes."""
+    torch.set_num_threads(settings.runtime.threads_per_client)
+    data, h = federated_data(settings), settings.hierarchy
+    client = max(range(len(data.clients)), key=lambda c: len(data.clients[c].train))
+    rows = data.clients[client].train
+    model, (batch_size, _) = _network(settings, data), gpu.batch_of(settings)
+    short = local.TrainSettings(lr=1e-3, local_epochs=1, batch_size=batch_size)
+    examples = _examples(settings, data, client, model)
+    local.train(model, examples, rows[: 2 * batch_size], short, stream(0, "probe"))
+    local.evaluate(model, examples, rows[: h.eval_batch_size], h.eval_batch_size)
+    records.to_record(records.model_arrays(model))

@@ -22,6 +22,7 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from fedge_sim.errors import ConfigError, suggest
@@ -50,6 +51,27 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 AbsolutePath = Annotated[str, AfterValidator(_absolute)]
 OptionalPath = Annotated[str, AfterValidator(lambda path: path and _absolute(path))]
+
+# A value, or a word for "found out here" or "as the GPU profile has it". The description is
+# what the user is told to be allowed: pydantic reports each side of a union on its own.
+AutoCount = Annotated[Literal["auto"] | Count, Field(description='"auto" or an integer from 1')]
+AutoCpus = Annotated[Literal["auto"] | Positive, Field(description='"auto" or a number above 0')]
+AutoGpus = Annotated[
+    Literal["auto"] | Annotated[float, Field(ge=0, le=1)],
+    Field(description='"auto" or a number from 0 to 1'),
+]
+ProfileBatch = Annotated[
+    Literal["profile"] | Annotated[int, Field(ge=2, le=2**31 - 1)],
+    Field(description='"profile" or an integer from 2 to 2147483647'),
+]
+ProfileCount = Annotated[
+    Literal["profile"] | Count, Field(description='"profile" or an integer from 1')
+]
+ProfileShare = Annotated[
+    Literal["profile"] | Annotated[float, Field(gt=0, le=1)],
+    Field(description='"profile" or a number above 0, up to 1'),
+]
+ProfileSwitch = Annotated[Literal["profile"] | bool, Field(description='"profile", true or false')]
 
 
 class _Table(BaseModel):
@@ -108,7 +130,8 @@ class Hierarchy(_Table):
     server_lr: Positive = 1.0
     global_lr: Positive = 1.0
     local_epochs: Count = 5
-    batch_size: Annotated[int, Field(ge=2, le=2**31 - 1)] = 32
+    batch_size: ProfileBatch = 32
+    accumulation: ProfileCount = 1
     eval_batch_size: Count = 64
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 0.0001
@@ -174,10 +197,39 @@ class CloudCluster(_Table):
 
 
 class Runtime(_Table):
-    """``[tool.flwr.runtime]``: how the work is carried out; never changes a result's meaning."""
+    """``[tool.flwr.runtime]``: how the work is carried out; never changes a result's meaning.
 
+    What is ``"auto"`` follows from the machine, what is ``"profile"`` from ``gpu_profile``.
+    """
+
+    backend: Literal["auto", "inprocess", "ray"] = "auto"
+    num_workers: AutoCount = "auto"
     threads_per_client: Annotated[int, Field(ge=1, le=1024)] = 1
+    num_cpus_per_actor: AutoCpus = "auto"
+    num_gpus_per_actor: AutoGpus = "auto"
+    cohort_size: AutoCount = "auto"
+    gpu_profile: Literal["conservative", "high", "aggressive"] = "conservative"
+    memory_share: ProfileShare = "profile"
+    memory_cleanup: Literal["profile", "round", "end", "never"] = "profile"
+    caching: ProfileSwitch = "profile"
+    memory_pool: ProfileSwitch = "profile"
+    streams: ProfileCount = "profile"
+    pipelining: ProfileSwitch = "profile"
+    keep_warm: ProfileSwitch = "profile"
+    ray_address: str = ""
+    dashboard: bool = False
     node_timeout_s: Positive = 120.0
+    client_timeout_s: NonNegative = 0.0
+    progress_timeout_s: Positive = 1800.0
+    max_retries: Annotated[int, Field(ge=0)] = 2
+    min_clients_per_round: Count = 1
+
+    @model_validator(mode="after")
+    def _a_client_is_given_up_before_the_run(self) -> Self:
+        if self.client_timeout_s >= self.progress_timeout_s:
+            problem = f"must be less than progress_timeout_s = {self.progress_timeout_s}"
+            raise ConfigError.at("runtime", "client_timeout_s", self.client_timeout_s, problem)
+        return self
 
 
 class _AppTable(_Table):
@@ -193,6 +245,17 @@ class Settings(_Table):
     hierarchy: Hierarchy = Hierarchy()
     cloud_cluster: CloudCluster = CloudCluster()
     runtime: Runtime = Runtime()
+
+    @model_validator(mode="after")
+    def _every_leaf_has_enough_clients(self) -> Self:
+        needed, smallest = (
+            self.runtime.min_clients_per_round,
+            min(self.hierarchy.clients_per_server),
+        )
+        if needed > smallest:
+            problem = f"must be at most {smallest}, the clients of the smallest leaf server"
+            raise ConfigError.at("runtime", "min_clients_per_round", needed, problem)
+        return self
 
     @property
     def data(self) -> AppConfig:
@@ -353,6 +416,9 @@ def _config_error(error: ValidationError) -> ConfigError:
         table = ".".join(str(part) for part in first["loc"])
         return ConfigError(f"[{table}]: must be a table, but it is {first['input']!r}")
     *path, key = (str(part) for part in first["loc"])
+    if allowed := _allowed(path):  # one side of a union: say what the whole allows
+        *path, key = path
+        return ConfigError.at(".".join(path), key, first["input"], f"must be {allowed}")
     if path and key.isdigit():  # an entry of a list: name the list
         key = f"{path.pop()}[{key}]"
     table = ".".join(path)
@@ -367,6 +433,14 @@ def _config_error(error: ValidationError) -> ConfigError:
     elif key == "scaffold_enabled":
         message = "must be false: SCAFFOLD is not part of this version"
     return ConfigError.at(table, key, first["input"], message)
+
+
+def _allowed(path: list[str]) -> str | None:
+    """Return the description of the field ``table.key`` at a path, if it has one."""
+    tables = {name: field.annotation for name, field in Settings.model_fields.items()}
+    table: Any = tables.get(path[0]) if len(path) == 2 else None
+    field = table.model_fields.get(path[1]) if table else None
+    return field.description if field else None
 
 
 def _keys_of(path: list[str]) -> list[str]:

@@ -42,7 +42,17 @@ class RosterError(FedgeError):
 
 
 class RoundError(FedgeError):
-    """A round cannot go on: a leaf server got no usable reply."""
+    """A round cannot go on: a leaf server got too few usable replies."""
+
+
+class WorkerError(FedgeError):
+    """No actor can be started, or none is left."""
+
+
+class StalledError(FedgeError):
+    """No client got done for too long: what was under way cannot be waited for."""
+
+    exit_code = 3
 
 
 def suggest(word: str, known: Iterable[str]) -> str:

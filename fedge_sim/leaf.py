@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -13,6 +14,7 @@ from fedge_sim import records
 from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.aggregation import step_towards, weighted_mean
 from fedge_sim.config import Settings
+from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import RoundError
 from fedge_sim.records import Address
 from fedge_sim.training.local import Evaluation, pool
@@ -55,6 +57,8 @@ class LeafServer(Strategy):
     settings : Settings
     trainable : set of str
         Names of the model's trainable arrays; ``server_lr`` scales only their step.
+    data : DataSummary
+        Of all clients.
 
     Attributes
     ----------
@@ -73,6 +77,7 @@ class LeafServer(Strategy):
     roster: Mapping[int, int]
     settings: Settings
     trainable: Set[str]
+    data: DataSummary
     model: Arrays = field(default_factory=dict)
     num_examples: int = 0
     work: dict[int, ClientWork] = field(default_factory=dict)
@@ -111,7 +116,9 @@ class LeafServer(Strategy):
         """
         self._start = arrays
         config[records.ROUND] = server_round
-        return self._messages(MessageType.TRAIN, records.TRAIN, arrays, config)
+        epochs = self.settings.hierarchy.local_epochs
+        work = [epochs * self.data.num_train[client] for client in self.clients]
+        return self._messages(MessageType.TRAIN, records.TRAIN, arrays, config, work)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -124,7 +131,7 @@ class LeafServer(Strategy):
         Raises
         ------
         RoundError
-            If no client sent a usable update.
+            If fewer than ``min_clients_per_round`` clients sent a usable update.
         """
         updates, weights, losses = [], [], []
         for client, reply in self._answers(replies).items():
@@ -141,9 +148,11 @@ class LeafServer(Strategy):
             done.seconds += metrics[records.SECONDS]
             done.bytes_up += arrays.count_bytes()
             done.bytes_down += self._start.count_bytes()
-        if not updates:
+        if len(updates) < (needed := self.settings.runtime.min_clients_per_round):
             raise RoundError(
-                f"leaf server {self.index}: no client sent a usable update in round {server_round}"
+                f"leaf server {self.index}: usable updates came from {len(updates)} of "
+                f"{len(self.clients)} clients in round {server_round}, and must from {needed} "
+                "(runtime.min_clients_per_round)"
             )
         self.num_examples = sum(weights)
         self.model = step_towards(
@@ -162,7 +171,11 @@ class LeafServer(Strategy):
 
         ``config`` names the model (``purpose``) and the clients' windows (``splits``).
         """
-        return self._messages(MessageType.EVALUATE, str(config[records.PURPOSE]), arrays, config)
+        sizes = {"test": self.data.num_test, "train": self.data.num_train}
+        splits = [sizes[str(split)] for split in cast("list[str]", config[records.SPLITS])]
+        work = [sum(split[client] for split in splits) for client in self.clients]
+        purpose = str(config[records.PURPOSE])
+        return self._messages(MessageType.EVALUATE, purpose, arrays, config, work)
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord:
         """Keep each client's evaluations of one model, and return them pooled over windows."""
@@ -184,17 +197,22 @@ class LeafServer(Strategy):
         log.info("leaf server %d: clients %s", self.index, ", ".join(map(str, self.clients)))
 
     def _messages(
-        self, message_type: str, purpose: str, arrays: ArrayRecord, config: ConfigRecord
+        self,
+        message_type: str,
+        purpose: str,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        work: Sequence[int],
     ) -> list[Message]:
         return [
             records.instruction(
                 self.roster[client],
                 message_type,
-                ConfigRecord({**config, records.CLIENT_ID: client}),
+                ConfigRecord({**config, records.CLIENT_ID: client, records.WORK: amount}),
                 arrays,
                 Address(purpose, self.index, client),
             )
-            for client in self.clients
+            for client, amount in zip(self.clients, work, strict=True)
         ]
 
     def _answers(self, replies: Iterable[Message]) -> dict[int, Message]:

@@ -1,10 +1,13 @@
 """The global-round loop: clients train under leaf servers, the cloud groups the leaves.
 
-``python -m fedge_sim.orchestrator`` runs it in this process; ``flwr run .`` runs the same
-class over Flower's grid (:mod:`fedge_sim.server_app`).
+``python -m fedge_sim.orchestrator`` runs it in this process or on Ray's actors; ``flwr run .``
+runs the same class over Flower's grid (:mod:`fedge_sim.server_app`).
 """
 
 import logging
+import os
+import signal
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,24 +18,25 @@ import typer
 from rich.console import Console
 
 from fedge_sim import cloud, records
-from fedge_sim.client_app import app as client_app
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings, environment_seed, load_settings
 from fedge_sim.data.base import DataSummary
-from fedge_sim.errors import FedgeError
+from fedge_sim.errors import FedgeError, StalledError
 from fedge_sim.leaf import ClientWork, LeafServer
 from fedge_sim.models import build_model, initialise
 from fedge_sim.randomness import torch_generator
 from fedge_sim.reporting import standard_callbacks, start_logging
 from fedge_sim.reporting.base import (
     Callback,
+    ClientDone,
     ClientRound,
     LeafRound,
     RoundRecord,
     RunInfo,
     new_results_folder,
 )
-from fedge_sim.runtime.in_process import InProcessGrid, available_cores
+from fedge_sim.runtime.backend import open_grid
+from fedge_sim.runtime.node import Done
 from fedge_sim.runtime.roster import call_roster, survey
 from fedge_sim.training.local import Evaluation, pool
 
@@ -89,7 +93,7 @@ class Orchestrator:
 
         state = cloud.initial_state(records.model_arrays(model), h.num_servers)
         leaves = [
-            LeafServer(index, clients, roster, self.settings, trainable.keys())
+            LeafServer(index, clients, roster, self.settings, trainable.keys(), data)
             for index, clients in enumerate(h.leaf_clients)
         ]
         folder = new_results_folder(self.settings)
@@ -119,7 +123,7 @@ class Orchestrator:
         accepted = [leaf.begin(state.model_for(leaf.index)) for leaf in leaves]
         for server_round in range(1, h.server_rounds_per_global + 1):
             flat_round = state.global_round * h.server_rounds_per_global + server_round
-            self._train(leaves, data, flat_round, lr)
+            self._train(leaves, flat_round, lr)
         state = cloud.step(
             state,
             [leaf.model for leaf in leaves],
@@ -143,9 +147,7 @@ class Orchestrator:
         )
         return state, record
 
-    def _train(
-        self, leaves: Sequence[LeafServer], data: DataSummary, flat_round: int, lr: float
-    ) -> None:
+    def _train(self, leaves: Sequence[LeafServer], flat_round: int, lr: float) -> None:
         """Do one server round at all leaves: one barrier, so that no core waits for a leaf."""
         config = records.train_config(self.settings, lr)
         messages = [
@@ -155,8 +157,6 @@ class Orchestrator:
                 flat_round, records.to_record(leaf.model), config, self.grid
             )
         ]
-        # Most work first, so that no core is left waiting for a large client that began last.
-        messages.sort(key=lambda m: -data.num_train[records.config_of(m)[records.CLIENT_ID]])
         replies = self._exchange(messages)
         for leaf in leaves:
             leaf.aggregate_train(flat_round, replies.get((records.TRAIN, leaf.index), []))
@@ -193,8 +193,10 @@ class Orchestrator:
             if one_cluster:
                 leaf.evaluations[records.GLOBAL] = leaf.evaluations.get(records.CLOUD, {})
 
-    def _exchange(self, messages: "Sequence[Message]") -> "dict[tuple[str, int], list[Message]]":
+    def _exchange(self, messages: "list[Message]") -> "dict[tuple[str, int], list[Message]]":
         """Send messages, wait for the replies, and sort them by purpose and leaf."""
+        # Most work first, so that no core is left waiting for a large client that began last.
+        messages.sort(key=lambda message: -records.work_of(message))
         sorted_replies: dict[tuple[str, int], list[Message]] = {}
         for reply in self.grid.send_and_receive(messages):
             if address := records.Address.of(reply):
@@ -257,7 +259,7 @@ def main(
         typer.Option(help="Where the run makes its own results folder."),
     ] = None,
 ) -> None:
-    """Run hierarchical clustered federated learning in this process.
+    """Run hierarchical clustered federated learning, in this process or on Ray's actors.
 
     The environment variable SEED overrides the seed.
     """
@@ -267,22 +269,45 @@ def main(
         )
         console = Console()
         start_logging(console)
-        run_in_process(settings, standard_callbacks(console))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as Ctrl-C does
+        run(settings, standard_callbacks(console))
     except FedgeError as error:
         typer.echo(f"error: {error}", err=True)
+        if isinstance(error, StalledError):  # a thread that hangs would keep the process
+            sys.stdout.flush()
+            os._exit(error.exit_code)
         raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; the results of finished rounds are kept", err=True)
+        raise typer.Exit(130) from None
 
 
-def run_in_process(settings: Settings, callbacks: Sequence[Callback]) -> Result:
-    """Run on an :class:`InProcessGrid` with as many workers as cores allow."""
-    workers = max(1, available_cores() // settings.runtime.threads_per_client)
+def run(settings: Settings, callbacks: Sequence[Callback]) -> Result:
+    """Run on the backend that the settings ask for.
 
-    def tell(reply: "Message") -> None:
-        if address := records.Address.of(reply):
+    Raises
+    ------
+    FedgeError
+        As :meth:`Orchestrator.run` and :func:`open_grid` do.
+    """
+    callbacks = list(callbacks)
+
+    def tell(done: Done) -> None:
+        if address := records.Address.of(done.reply):
+            what = (address.client, address.leaf, address.purpose)
+            client_done = ClientDone(*what, done.worker, done.started, done.ended)
             for callback in callbacks:
-                callback.on_client_done(address.client, address.purpose)
+                callback.on_client_done(client_done)
 
-    with InProcessGrid(client_app, workers, on_reply=tell) as grid:
+    def tell_workers(names: Sequence[str]) -> None:
+        for callback in callbacks:
+            callback.on_workers(names)
+
+    with open_grid(settings, tell, tell_workers) as grid:
+        if settings.runtime.dashboard:
+            from fedge_sim.runtime.dashboard import DashboardMetrics
+
+            callbacks.append(DashboardMetrics(grid))
         return Orchestrator(settings, grid, callbacks).run()
 
 

@@ -1,12 +1,16 @@
 """Shared by all tests: settings, the real data, datasets that are opened or refused, a run."""
 
+import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import Settings, load_settings
@@ -14,10 +18,12 @@ from fedge_sim.data import load_dataset
 from fedge_sim.data.base import Dataset
 from fedge_sim.errors import DataError
 from fedge_sim.orchestrator import Orchestrator, Result
-from fedge_sim.reporting.base import Callback
+from fedge_sim.reporting.base import Callback, RoundRecord
 from fedge_sim.reporting.tables import TableWriter
 from fedge_sim.reporting.weights import WeightWriter
+from fedge_sim.runtime.backend import CLIENT_APP
 from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.runtime.ray_grid import RayGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -73,6 +79,51 @@ def run(
         callbacks = [TableWriter(), WeightWriter()]
     with InProcessGrid(client_app, workers) as grid:
         return Orchestrator(settings, grid, callbacks).run()
+
+
+@pytest.fixture(scope="session")
+def start_ray():
+    """Return a context manager that starts Ray with what a machine is to seem to have."""
+
+    @contextmanager
+    def session(**resources):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ray.init(include_dashboard=False, logging_level=logging.ERROR, **resources)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    return session
+
+
+@contextmanager
+def ray_grid(settings: Settings, app: str = CLIENT_APP, prepare: bool = True, **tell):
+    """Open a grid on the actors of the Ray that has been started."""
+    with RayGrid(app, settings, **tell) as grid:
+        grid.settings = settings
+        if prepare:
+            grid.prepare()
+        yield grid
+
+
+def run_on_ray(
+    settings: Settings, callbacks: Sequence[Callback] = (), app: str = CLIENT_APP
+) -> Result:
+    """Run on the actors of the Ray that has been started."""
+    with ray_grid(settings, app) as grid:
+        return Orchestrator(settings, grid, callbacks).run()
+
+
+def same_models(a: RoundRecord, b: RoundRecord) -> bool:
+    """Whether two runs ended with the same models, byte for byte."""
+
+    def models(record: RoundRecord):
+        all_models = (record.cloud.global_model, *record.cloud.cluster_models)
+        return [{name: array.tobytes() for name, array in m.items()} for m in all_models]
+
+    return models(a) == models(b)
 
 
 class Keep(Callback):

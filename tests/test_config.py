@@ -28,6 +28,7 @@ REFERENCE = {
         "global_lr": 1.0,
         "local_epochs": 5,
         "batch_size": 32,
+        "accumulation": 1,
         "eval_batch_size": 64,
         "momentum": 0.9,
         "weight_decay": 0.0001,
@@ -45,6 +46,24 @@ REFERENCE = {
         "frequency": 1,
         "method": "cosine_similarity",
         "tau": 0.7,
+    },
+    "runtime": {
+        "backend": "auto",
+        "num_workers": "auto",
+        "threads_per_client": 1,
+        "num_cpus_per_actor": "auto",
+        "num_gpus_per_actor": "auto",
+        "cohort_size": "auto",
+        "gpu_profile": "conservative",
+        **dict.fromkeys(["memory_share", "memory_cleanup", "caching", "memory_pool"], "profile"),
+        **dict.fromkeys(["streams", "pipelining", "keep_warm"], "profile"),
+        "ray_address": "",
+        "dashboard": False,
+        "node_timeout_s": 120,
+        "client_timeout_s": 0,
+        "progress_timeout_s": 1800,
+        "max_retries": 2,
+        "min_clients_per_round": 1,
     },
     "data": {
         "use_watches": True,
@@ -154,7 +173,49 @@ WRONG = {
     "app.config.output-dir=~nobody-here/x": '[app.config] output-dir = "~nobody-here/x": is no path: '
     "Could not determine home directory.",
     "hierarchy.batch_size=100000000000000000000": "[hierarchy] batch_size = 100000000000000000000: "
-    "must be less than or equal to 2147483647",
+    'must be "profile" or an integer from 2 to 2147483647',
+    "hierarchy.batch_size=1": '[hierarchy] batch_size = 1: must be "profile" or an integer from 2 '
+    "to 2147483647",
+    "hierarchy.accumulation=0": '[hierarchy] accumulation = 0: must be "profile" or an integer '
+    "from 1",
+    "hierarchy.batch_size=true": '[hierarchy] batch_size = true: must be "profile" or an integer '
+    "from 2 to 2147483647",
+    "runtime.num_worker=2": "[runtime] num_worker = 2: unknown key; did you mean 'num_workers'?",
+    "runtime.backend=rai": "[runtime] backend = \"rai\": must be 'auto', 'inprocess' or 'ray'",
+    "runtime.num_workers=0": '[runtime] num_workers = 0: must be "auto" or an integer from 1',
+    "runtime.num_workers=true": '[runtime] num_workers = true: must be "auto" or an integer from 1',
+    "runtime.num_workers=1.0": '[runtime] num_workers = 1.0: must be "auto" or an integer from 1',
+    "runtime.num_workers=all": '[runtime] num_workers = "all": must be "auto" or an integer from 1',
+    "runtime.num_cpus_per_actor=0": '[runtime] num_cpus_per_actor = 0: must be "auto" or a number '
+    "above 0",
+    "runtime.num_gpus_per_actor=1.5": '[runtime] num_gpus_per_actor = 1.5: must be "auto" or a '
+    "number from 0 to 1",
+    "runtime.num_gpus_per_actor=true": '[runtime] num_gpus_per_actor = true: must be "auto" or a '
+    "number from 0 to 1",
+    "runtime.cohort_size=[2]": '[runtime] cohort_size = [2]: must be "auto" or an integer from 1',
+    "runtime.gpu_profile=higher": "[runtime] gpu_profile = \"higher\": must be 'conservative', "
+    "'high' or 'aggressive'",
+    "runtime.memory_share=0": '[runtime] memory_share = 0: must be "profile" or a number above 0, '
+    "up to 1",
+    "runtime.memory_cleanup=auto": "[runtime] memory_cleanup = \"auto\": must be 'profile', "
+    "'round', 'end' or 'never'",
+    "runtime.caching=1": '[runtime] caching = 1: must be "profile", true or false',
+    "runtime.memory_pool=on": '[runtime] memory_pool = "on": must be "profile", true or false',
+    "runtime.pipelining=0": '[runtime] pipelining = 0: must be "profile", true or false',
+    "runtime.keep_warm=auto": '[runtime] keep_warm = "auto": must be "profile", true or false',
+    "runtime.streams=0": '[runtime] streams = 0: must be "profile" or an integer from 1',
+    "runtime.ray_address=3": "[runtime] ray_address = 3: must be a valid string",
+    "runtime.dashboard=1": "[runtime] dashboard = 1: must be a valid boolean",
+    "runtime.max_retries=-1": "[runtime] max_retries = -1: must be greater than or equal to 0",
+    "runtime.client_timeout_s=-1": "[runtime] client_timeout_s = -1: must be greater than or equal "
+    "to 0",
+    "runtime.client_timeout_s=1800": "[runtime] client_timeout_s = 1800.0: must be less than "
+    "progress_timeout_s = 1800.0",
+    "runtime.progress_timeout_s=0": "[runtime] progress_timeout_s = 0: must be greater than 0",
+    "runtime.min_clients_per_round=0": "[runtime] min_clients_per_round = 0: must be greater than "
+    "or equal to 1",
+    "runtime.min_clients_per_round=4": "[runtime] min_clients_per_round = 4: must be at most 3, the "
+    "clients of the smallest leaf server",
     "hierarchy.global_rounds=5\nhierarchy.local_epochs=2": "[hierarchy] global_rounds = "
     '"5\nhierarchy.local_epochs=2": must be a valid integer',
     "hierarchy..x=1": "'hierarchy..x=1': an override has the form table.key=value, "
@@ -173,6 +234,50 @@ def test_wrong_settings(assignment, message):
         load_settings(assignments=[assignment])
     assert str(caught.value) == message
     assert caught.value.exit_code == 2
+
+
+GOOD = {
+    "hierarchy": {"batch_size": ["profile", 2, 64], "accumulation": ["profile", 1, 4]},
+    "runtime": {
+        "backend": ["inprocess", "ray"],
+        "num_workers": ["auto", 1, 64],
+        "num_cpus_per_actor": ["auto", 1, 0.5],
+        "num_gpus_per_actor": ["auto", 0, 0.25, 1],
+        "cohort_size": ["auto", 1, 8],
+        "gpu_profile": ["conservative", "high", "aggressive"],
+        "memory_share": ["profile", 0.1, 1],
+        "memory_cleanup": ["profile", "round", "end", "never"],
+        "caching": ["profile", True, False],
+        "memory_pool": ["profile", True, False],
+        "streams": ["profile", 1, 4],
+        "pipelining": ["profile", True, False],
+        "keep_warm": ["profile", True, False],
+        "ray_address": ["", "auto", "10.0.0.1:6379"],
+        "dashboard": [True, False],
+        "client_timeout_s": [0, 0.5, 60],
+        "progress_timeout_s": [1, 0.5],
+        "max_retries": [0, 5],
+        "min_clients_per_round": [1, 3],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("table", "key", "value"),
+    [(t, key, v) for t, keys in GOOD.items() for key, values in keys.items() for v in values],
+)
+def test_good_settings_travel_as_json(table, key, value):
+    settings = Settings.from_tables({table: {key: value}})
+    found = getattr(getattr(settings, table), key)
+    assert found == value
+    assert isinstance(found, bool) == isinstance(value, bool)
+    assert settings_from_json(settings.to_json()) == settings
+
+
+def test_the_smallest_leaf_server_bounds_the_clients_that_must_reply():
+    topology = ["hierarchy.clients_per_server=[4, 2, 3]", "runtime.min_clients_per_round=3"]
+    with pytest.raises(ConfigError, match=r"= 3: must be at most 2, the clients of the smallest"):
+        load_settings(assignments=topology)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,3 @@
-import threading
-
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -108,42 +106,3 @@ def test_survey_sums_up_what_nodes_hold(small):
             np.testing.assert_array_equal(summary.scales[client].mean, held.scales[client].mean)
             np.testing.assert_array_equal(summary.scales[client].std, held.scales[client].std)
     assert len(data.num_train) == len(data.num_test) == 9
-
-
-def test_replies_come_in_the_order_of_messages_and_errors_as_replies():
-    def app(message, context):
-        if message.metadata.group_id == "a/0/1":
-            raise RuntimeError("broken")
-        return records.reply(message)
-
-    told = []
-    with InProcessGrid(app, 2, on_reply=told.append) as grid:
-        messages = [
-            records.instruction(2, "query", ConfigRecord(), None, records.Address("a", 0, c))
-            for c in range(3)
-        ]
-        replies = grid.send_and_receive(messages)
-        assert grid.pull_messages(["unknown"]) == []
-    assert [records.Address.of(r).client for r in replies] == [0, 1, 2]
-    assert [r.has_error() for r in replies] == [False, True, False]
-    assert replies[1].error.reason == "RuntimeError: broken"
-    assert len(told) == 3
-    assert all(r.metadata.message_id for r in replies)
-
-
-def test_a_timeout_returns_what_is_ready():
-    gate = threading.Event()
-
-    def app(message, context):
-        if message.metadata.group_id == "a/0/1":
-            gate.wait(10)
-        return records.reply(message)
-
-    with InProcessGrid(app, 2) as grid:
-        messages = [
-            records.instruction(2, "query", ConfigRecord(), None, records.Address("a", 0, c))
-            for c in range(2)
-        ]
-        replies = grid.send_and_receive(messages, timeout=0.5)
-        gate.set()
-    assert [records.Address.of(r).client for r in replies] == [0]

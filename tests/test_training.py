@@ -1,14 +1,29 @@
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from fedge_sim.data.base import Examples, Standardisation
+from fedge_sim import client_app, records
+from fedge_sim.data import FederatedData, federated_data
+from fedge_sim.data.base import (
+    CPU,
+    Dataset,
+    Examples,
+    Names,
+    Resident,
+    ResidentExamples,
+    Standardisation,
+    resident,
+)
 from fedge_sim.errors import ConfigError
 from fedge_sim.models import MODELS, build_model, initialise
 from fedge_sim.models.cnn1d import TimeConv
 from fedge_sim.randomness import stream, torch_generator
+from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.training.device import device, device_of
 from fedge_sim.training.local import Evaluation, TrainSettings, evaluate, pool, train
 
 PLAIN = TrainSettings(
@@ -162,23 +177,65 @@ def test_short_batches(n, steps):
     assert result.steps == steps
 
 
+def test_a_step_is_plain_sgd_to_the_last_bit():
+    examples, rows = windows(70), np.arange(70)
+    model, plain = fresh(), fresh()
+    train(model, examples, rows, TrainSettings(lr=0.1, local_epochs=1), stream(0, "order"))
+    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0001)
+    for batch in np.split(stream(0, "order").permutation(rows), [32, 64]):
+        x, y = examples.batch(batch)
+        sgd.zero_grad()
+        functional.cross_entropy(plain.train()(x), y, label_smoothing=0.1).backward()
+        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        sgd.step()
+    assert torch.equal(vector(model), vector(plain))
+
+
+@pytest.mark.parametrize("n", [64, 70, 76])
+def test_accumulated_batches_are_one_large_batch(n):
+    """76 = 32 + 32 + 12: the parts of the last step, 8 and 4 examples, weigh by their size."""
+    examples, rows = windows(n), np.arange(n)
+    parts = TrainSettings(lr=0.1, local_epochs=2, prox_mu=0.1, batch_size=8, accumulation=4)
+    whole = TrainSettings(lr=0.1, local_epochs=2, prox_mu=0.1, batch_size=32)
+    one, other = fresh("mlp"), fresh("mlp")
+    in_parts = train(one, examples, rows, parts, stream(0, "order"))
+    at_once = train(other, examples, rows, whole, stream(0, "order"))
+    torch.testing.assert_close(vector(one), vector(other))
+    assert in_parts.steps == at_once.steps == 2 * -(-n // 32)
+    assert in_parts.loss == pytest.approx(at_once.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("n", "seen", "steps"), [(24, 24, 2), (25, 24, 2), (17, 16, 1), (1, 1, 1)])
+def test_a_part_of_one_example_is_left_out(n, seen, steps):
+    spy = Spy()
+    settings = TrainSettings(**{**vars(PLAIN), "batch_size": 8, "accumulation": 2})
+    result = train(spy, numbered(n), np.arange(n), settings, stream(0, "order"))
+    assert (len(spy.seen), result.steps) == (seen, steps)
+
+
+class Spy(nn.Module):
+    """Keeps the first value of every example that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(1, 6)
+        self.seen = []
+
+    def forward(self, x):
+        self.seen += x[:, 0, 0].tolist()
+        return self.head(x[:, 0, :1])
+
+
+def numbered(n: int) -> Examples:
+    x = np.arange(n, dtype=np.float32).reshape(n, 1, 1)
+    return Examples(x, np.zeros(n, np.int64), Standardisation.identity(1))
+
+
 def test_every_window_is_seen_once_an_epoch():
-    class Spy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(1, 6)
-            self.seen = []
-
-        def forward(self, x):
-            self.seen += x[:, 0, 0].tolist()
-            return self.head(x[:, 0, :1])
-
-    x = np.arange(40, dtype=np.float32).reshape(40, 1, 1)
-    examples = Examples(x, np.zeros(40, np.int64), Standardisation.identity(1))
     rows = np.arange(3, 37)
     spy = Spy()
     settings = TrainSettings(**{**vars(PLAIN), "local_epochs": 2})
-    train(spy, examples, rows, settings, stream(0, "order"))
+    train(spy, numbered(40), rows, settings, stream(0, "order"))
     first, second = spy.seen[:34], spy.seen[34:]
     assert sorted(first) == sorted(second) == rows.tolist()
     assert first != second
@@ -217,3 +274,130 @@ def test_streams_differ_by_every_part_of_their_name():
     names = [(1, "a", 1), (2, "a", 1), (1, "b", 1), (1, "a", 2), (1, "a", 1, 0)]
     draws = {tuple(stream(*name).integers(2**62, size=2)) for name in names}
     assert len(draws) == len(names)
+
+
+# ------------------------------------------------------------------ on a device
+
+META = torch.device("meta")  # has shapes, but no values
+
+
+def dataset(n: int = 20, content: str = "a") -> Dataset:
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(n, 6, 5)).astype(np.float32) * 7
+    x.setflags(write=False)
+    none = np.full(n, -1, np.int32)
+    y = rng.integers(6, size=n)
+    return Dataset(x, y, none, none, none, none, none, Names(tuple("abcdef")), content)
+
+
+def test_the_device_is_the_gpu_that_the_process_sees():
+    with mock.patch("torch.cuda.is_available", return_value=False):
+        assert device() == CPU
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.current_device", return_value=1),
+    ):
+        assert device() == torch.device("cuda:1")
+
+
+def test_batches_come_to_the_models_device():
+    asked = []
+
+    class Asked(Examples):
+        def batch(self, rows, device=None):
+            asked.append(device)
+            return super().batch(rows, device)
+
+    examples = Asked(**vars(windows(8)))
+    model = fresh("mlp")
+    train(model, examples, np.arange(8), PLAIN, stream(0, "order"))
+    evaluate(model, examples, np.arange(8))
+    assert asked == [CPU, CPU]
+    assert device_of(model.to(META)) == META
+    x, y = examples.batch(np.arange(3), META)
+    assert (x.device, x.shape, y.device, y.shape) == (META, (3, 6, 20), META, (3,))
+
+
+def test_batches_gathered_on_the_device_are_the_same():
+    data, rows = dataset(), np.array([7, 3, 19, 7])
+    scale = Standardisation.of(data.x, np.arange(10))
+    with mock.patch("fedge_sim.data.base.CHUNK_BYTES", 3 * data.x[0].nbytes):
+        there = Resident.of(data, CPU)
+    plain = Examples(data.x, data.y, scale)
+    held = ResidentExamples(data.x, data.y, scale, resident=there)
+    for ours, theirs in zip(held.batch(rows), plain.batch(rows), strict=True):
+        assert torch.equal(ours, theirs)
+    assert np.array_equal(there.x, data.x)  # as raw as before
+    assert held.batch(rows, META)[0].device == META
+
+
+def test_one_dataset_at_a_time_is_kept_on_a_device():
+    first = resident(dataset(), META)
+    assert resident(dataset(), META) is first
+    assert resident(dataset(content="b"), META) is not first
+    assert resident(dataset(), META) is not first
+
+
+def test_examples_of_a_client_on_a_device():
+    data = FederatedData(dataset(), (), [Standardisation.identity(6)])
+    assert type(data.examples(0, CPU, caching=True)) is Examples
+    held = data.examples(0, META, caching=True)
+    assert held.resident.x.device == META
+    x, y = held.batch(np.array([1, 2]), META)
+    assert (x.device, x.shape, y.device) == (META, (2, 6, 5), META)
+    assert type(data.examples(0, META)) is Examples
+    assert data.examples(0, META, pipelining=True).pinned
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_pinned_batches_do_not_wait(pinned):
+    examples = Examples(**{**vars(windows(4)), "pinned": pinned})
+    moves = []
+
+    def move(values, device, **how):
+        moves.append((device.type, how))
+        return values
+
+    with (
+        mock.patch("torch.Tensor.pin_memory", lambda values: values),
+        mock.patch("torch.Tensor.to", move),
+    ):
+        examples.batch(np.arange(2), torch.device("cuda:0"))
+    assert moves == [("cuda", {"non_blocking": True} if pinned else {})] * 2
+    assert examples.batch(np.arange(2))[0].device == CPU  # which needs no pinning
+
+
+def trained(settings) -> list[dict[str, bytes]]:
+    """Train clients 0, 1 and 2 one after the other in one thread."""
+    data = federated_data(settings)
+    model = build_model("cnn1d", data.example_shape, len(data.classes))
+    initialise(model, torch_generator(0, "test"))
+    start = records.to_record(records.model_arrays(model))
+    with InProcessGrid(client_app.app, 1) as grid:
+        messages = []
+        for client in range(3):
+            config = records.train_config(settings, lr=0.1)
+            config.update({records.ROUND: 1, records.CLIENT_ID: client})
+            messages.append(records.instruction(2, "train", config, start))
+        replies = grid.send_and_receive(messages)
+    arrays = [records.to_arrays(records.arrays_of(reply)) for reply in replies]
+    return [{name: array.tobytes() for name, array in own.items()} for own in arrays]
+
+
+def test_a_network_kept_warm_changes_nothing(small):
+    results = []
+    for keep, built in (("false", 3), ("true", 1)):
+        settings = small(f"runtime.keep_warm={keep}")
+        with mock.patch.object(client_app, "build_model", wraps=build_model) as build:
+            results.append(trained(settings))
+        assert build.call_count == built
+    assert results[0] == results[1]
+
+
+def test_the_profiles_batches_reach_the_training(small):
+    batches = ("hierarchy.batch_size=profile", "hierarchy.accumulation=profile")
+    settings = small(*batches, "runtime.gpu_profile=aggressive")
+    with mock.patch.object(client_app.local, "train", wraps=train) as spy:
+        trained(settings)
+    used = [call.args[3] for call in spy.call_args_list]
+    assert [(u.batch_size, u.accumulation) for u in used] == [(128, 2)] * 3

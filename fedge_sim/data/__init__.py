@@ -1,26 +1,36 @@
 """Datasets by name, and the federated data of a run: one array, an index array per client."""
 
+import importlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fedge_sim.config import AppConfig, Settings
-from fedge_sim.data import arrays, cifar10, digits, hhar, hhar_synthetic, uci_har
-from fedge_sim.data.base import ClientData, Dataset, Examples, Standardisation
+from fedge_sim.data.base import (
+    CPU,
+    ClientData,
+    Dataset,
+    Examples,
+    ResidentExamples,
+    Standardisation,
+    resident,
+)
 from fedge_sim.data.partition import MIN_EXAMPLES, partition
 from fedge_sim.data.split import split
 from fedge_sim.data.store import Recipe, Tell, cache_folder, open_dataset, tell_nobody
 from fedge_sim.errors import ConfigError, suggest
 
-DATASETS: dict[str, Callable[[AppConfig], Recipe]] = {
-    "arrays": arrays.recipe,
-    "cifar10": cifar10.recipe,
-    "digits": digits.recipe,
-    "hhar": hhar.recipe,
-    "hhar-synthetic": hhar_synthetic.recipe,
-    "uci-har": uci_har.recipe,
+# The module of each; imported when it is used, as some need libraries that take long to load.
+DATASETS = {
+    "arrays": "arrays",
+    "cifar10": "cifar10",
+    "digits": "digits",
+    "hhar": "hhar",
+    "hhar-synthetic": "hhar_synthetic",
+    "uci-har": "uci_har",
 }
 
 
@@ -51,9 +61,31 @@ class FederatedData:
         """Names of the classes."""
         return self.dataset.names.classes
 
-    def examples(self, client: int) -> Examples:
-        """Return all examples as a client sees them."""
-        return Examples(self.dataset.x, self.dataset.y, self.scales[client])
+    def examples(
+        self,
+        client: int,
+        device: torch.device = CPU,
+        *,
+        caching: bool = False,
+        pipelining: bool = False,
+    ) -> Examples:
+        """Return all examples as a client sees them.
+
+        Parameters
+        ----------
+        client : int
+        device : torch.device
+            Where they will be asked for.
+        caching : bool
+            Whether to keep all of them there, unless it is the CPU.
+        pipelining : bool
+            Whether batches go there while it computes.
+        """
+        data, scale = self.dataset, self.scales[client]
+        if caching and device.type != "cpu":
+            there = resident(data, device)
+            return ResidentExamples(data.x, data.y, scale, pipelining, resident=there)
+        return Examples(data.x, data.y, scale, pipelining)
 
 
 def load_dataset(config: AppConfig, tell: Tell = tell_nobody) -> Dataset:
@@ -68,7 +100,8 @@ def load_dataset(config: AppConfig, tell: Tell = tell_nobody) -> Dataset:
         problem = f"unknown; {suggest(config.dataset, DATASETS)}"
         raise ConfigError.at("app.config", "dataset", config.dataset, problem)
     try:
-        recipe = DATASETS[config.dataset](config)
+        module = importlib.import_module(f"fedge_sim.data.{DATASETS[config.dataset]}")
+        recipe: Recipe = module.recipe(config)
     except OSError as error:  # of looking for its files
         problem = f"cannot be read ({error.strerror})"
         raise ConfigError.at("app.config", "data-root", config.data_root, problem) from None
@@ -127,13 +160,15 @@ class _LastUsed:
         self._lock = threading.Lock()
         self._key: tuple[AppConfig, tuple[int, ...]] | None = None
         self._data: FederatedData | None = None
+        self.times_opened = 0
 
-    def get(self, settings: Settings) -> FederatedData:
+    def __call__(self, settings: Settings) -> FederatedData:
         key = (settings.data, settings.hierarchy.clients_per_server)
         with self._lock:
             if self._data is None or key != self._key:
                 self._data, self._key = federate(settings), key
+                self.times_opened += 1
             return self._data
 
 
-federated_data = _LastUsed().get
+federated_data = _LastUsed()

@@ -1,5 +1,6 @@
 """What a dataset is: examples in one memory-mapped array, and where each comes from."""
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,7 @@ from torch import Tensor
 
 # Rows of x that are worked on at a time where all of a dataset is gone through, in bytes.
 CHUNK_BYTES = 32 * 2**20
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -144,16 +146,91 @@ class Examples:
     """Examples as a client sees them: standardised when they are gathered, not before.
 
     A standardised copy of the whole array would be private to each process.
+
+    Attributes
+    ----------
+    x, y : arrays
+        Of all examples, as in :class:`Dataset`.
+    scale : Standardisation
+    pinned : bool
+        Batches go to a GPU from page-locked memory, and the host does not wait for them.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
     scale: Standardisation
+    pinned: bool = False
 
-    def batch(self, rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: NDArray[np.int64], device: torch.device = CPU) -> tuple[Tensor, Tensor]:
         """Return the standardised inputs (n, *shape) and classes (n,) of some rows."""
-        x = self.scale.apply(self.x[rows])
-        return torch.from_numpy(x), torch.from_numpy(self.y[rows])
+        x = torch.from_numpy(self.scale.apply(self.x[rows]))
+        return self._bring(x, device), self._bring(torch.from_numpy(self.y[rows]), device)
+
+    def _bring(self, values: Tensor, device: torch.device) -> Tensor:
+        if self.pinned and device.type == "cuda":
+            return values.pin_memory().to(device, non_blocking=True)
+        return values.to(device)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """All examples of a dataset on a device, raw: x float32 (examples, *shape), y int64."""
+
+    x: Tensor
+    y: Tensor
+
+    @classmethod
+    def of(cls, dataset: Dataset, device: torch.device) -> "Resident":
+        """Copy a dataset to a device, chunk by chunk."""
+        x = torch.empty(dataset.x.shape, device=device)
+        size = max(1, CHUNK_BYTES // max(1, dataset.x[0].nbytes))
+        for i in range(0, len(dataset), size):
+            x[i : i + size] = torch.tensor(dataset.x[i : i + size])
+        y = torch.tensor(dataset.y).to(device)
+        if device.type == "cuda":  # other threads read it on streams of their own
+            torch.cuda.synchronize(device)
+        return cls(x, y)
+
+
+@dataclass(frozen=True)
+class ResidentExamples(Examples):
+    """Examples that a device holds: batches for it are gathered and standardised there."""
+
+    resident: Resident = field(kw_only=True)
+
+    def batch(self, rows: NDArray[np.int64], device: torch.device = CPU) -> tuple[Tensor, Tensor]:
+        """Return the standardised inputs (n, *shape) and classes (n,) of some rows."""
+        if device != self.resident.x.device:
+            return super().batch(rows, device)
+        here = self._bring(torch.tensor(rows), device)
+        mean, std = self._scale_there
+        return (self.resident.x[here] - mean) / std, self.resident.y[here]
+
+    @cached_property
+    def _scale_there(self) -> list[Tensor]:
+        x = self.resident.x
+        scale = (self.scale.mean, self.scale.std)
+        return [torch.tensor(_along_channels(values, x.ndim)).to(x.device) for values in scale]
+
+
+class _LastResident:
+    """The dataset that this process last put on a device: one copy, shared by its threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._key: tuple[str, torch.device] | None = None
+        self._resident: Resident | None = None
+
+    def __call__(self, dataset: Dataset, device: torch.device) -> Resident:
+        key = (dataset.content, device)
+        with self._lock:
+            if self._resident is None or key != self._key:
+                self._resident = None  # make room first
+                self._resident, self._key = Resident.of(dataset, device), key
+            return self._resident
+
+
+resident = _LastResident()
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from rich.logging import RichHandler
 from fedge_sim.reporting.base import Callback
 from fedge_sim.reporting.progress import ConsoleReporter
 from fedge_sim.reporting.tables import TableWriter
+from fedge_sim.reporting.timeline import TimelineWriter
 from fedge_sim.reporting.weights import WeightWriter
 
 
 def standard_callbacks(console: Console) -> list[Callback]:
-    """Return what every run has: result files, models, and the console's view of it."""
-    return [TableWriter(), WeightWriter(), ConsoleReporter(console)]
+    """Return what every run has: result files, models, timeline, the console's view of it."""
+    return [TableWriter(), WeightWriter(), TimelineWriter(), ConsoleReporter(console)]
 
 
 def start_logging(console: Console) -> None:

@@ -1,7 +1,7 @@
 """What callbacks are told: how a run starts, every global round, how it ends."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
@@ -32,6 +32,29 @@ class RunInfo:
     folder: Path
     data: DataSummary
     num_parameters: int
+
+
+@dataclass(frozen=True)
+class ClientDone:
+    """One try of one client at one piece of work, when it is over.
+
+    Attributes
+    ----------
+    client, leaf : int
+    purpose : str
+        What for: one of those in :mod:`fedge_sim.records`.
+    worker : str
+        Who did it: the name of a Ray actor or of a thread.
+    started, ended : float
+        Unix time, in seconds, by the worker's clock.
+    """
+
+    client: int
+    leaf: int
+    purpose: str
+    worker: str
+    started: float
+    ended: float
 
 
 @dataclass(frozen=True)
@@ -121,8 +144,18 @@ class Callback:
     def on_run_start(self, info: RunInfo) -> None:
         """Before the first round, when data and topology are known to be good."""
 
-    def on_client_done(self, client: int, purpose: str) -> None:
-        """After a client replied; only grids of this process tell, from any thread."""
+    def on_workers(self, workers: Sequence[str]) -> None:
+        """Which workers (actors or threads) the grid has, by name.
+
+        Told before the first round, and whenever one is added, replaced or given up; only grids
+        of this process tell, from any thread.
+        """
+
+    def on_client_done(self, done: ClientDone) -> None:
+        """After a client replied, failed tries too; only grids of this process tell.
+
+        From any thread, and before :meth:`on_run_start` if the grid is used before it.
+        """
 
     def on_round_end(self, record: RoundRecord) -> None:
         """After every global round."""

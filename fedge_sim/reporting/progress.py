@@ -15,7 +15,8 @@ from rich.progress import (
 from rich.table import Table
 
 from fedge_sim.cloud import CloudState
-from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
+from fedge_sim.records import TRAIN
+from fedge_sim.reporting.base import Callback, ClientDone, RoundRecord, RunInfo
 
 log = logging.getLogger(__name__)
 
@@ -69,21 +70,24 @@ class ConsoleReporter(Callback):
         )
         self._progress.start()
 
-    def on_client_done(self, client: int, purpose: str) -> None:
+    def on_client_done(self, done: ClientDone) -> None:
         """Move the bar when a client has trained."""
-        if purpose == "train":
+        if done.purpose == TRAIN:
             self._progress.advance(self._task)
             n = self._settings.hierarchy.num_clients
-            done = (int(self._progress.tasks[0].completed) - 1) % n + 1
-            self._progress.update(self._task, clients=f"{done}/{n} clients")
+            trained = (int(self._progress.tasks[0].completed) - 1) % n + 1
+            self._progress.update(self._task, clients=f"{trained}/{n} clients")
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Show the round's accuracy and clusters, or log them."""
         clusters = _clusters(record.cloud)
         if self._console.is_terminal:
-            rounds = self._settings.hierarchy.global_rounds
+            h = self._settings.hierarchy
+            rounds = h.global_rounds
             self._progress.update(
                 self._task,
+                # Exact, also where a client tried twice or was left out.
+                completed=record.global_round * h.server_rounds_per_global * h.num_clients,
                 round=min(record.global_round + 1, rounds),
                 accuracy=f"{record.mean_client_accuracy:.1%}",
                 clusters=clusters,

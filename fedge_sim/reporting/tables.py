@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
+from scipy.special import stdtrit
 
 from fedge_sim.reporting.base import Callback, LeafRound, RoundRecord, RunInfo, mean_accuracy
 
@@ -233,7 +233,7 @@ def _mean_std_interval(values: Sequence[float]) -> tuple[float, float, float, fl
     if n < 2:
         return mean, math.nan, math.nan, math.nan
     std = float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1)) * std / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * std / math.sqrt(n)
     return mean, std, mean - half, mean + half
 
 

@@ -6,25 +6,31 @@ each use as many cores.
 
 import logging
 import os
+import sys
+import threading
 import time
-import uuid
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import Self
 
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Message, UserConfig
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
-from fedge_sim.errors import FedgeError
+from fedge_sim.config import Runtime
+from fedge_sim.errors import StalledError
+from fedge_sim.runtime.node import (
+    Done,
+    LocalGrid,
+    Node,
+    OnDone,
+    error_reply,
+    give_id,
+    name_of,
+    tell_nobody,
+)
 
 log = logging.getLogger(__name__)
-
-NODE_ID = 2  # the only node; 1 is the server's own
 
 
 def available_cores() -> int:
@@ -32,87 +38,55 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(LocalGrid):
     """A Grid with one node that serves every client, on a pool of threads.
-
-    Use it as a context manager, or call :meth:`close`.
 
     Parameters
     ----------
     client_app : ClientApp
     workers : int
         Messages that are worked on at the same time. Results do not depend on it.
+    runtime : Runtime, optional
+        How often a client that fails is run again, and how long none may get done.
     node_config : UserConfig, optional
         The node's own configuration, as a SuperNode has one.
-    on_reply : callable, optional
-        Called with every reply as it is made, on the thread that made it.
+    on_done : callable, optional
+        Told of every message that was answered for good, on the thread that did.
     """
 
     def __init__(
         self,
         client_app: ClientApp,
         workers: int,
+        runtime: Runtime | None = None,
         node_config: UserConfig | None = None,
-        on_reply: Callable[[Message], None] = lambda _: None,
+        on_done: OnDone = tell_nobody,
     ) -> None:
-        self._app = client_app
-        self._on_reply = on_reply
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="client")
+        super().__init__()
+        self._runtime = runtime or Runtime()
+        self._node = Node(client_app, self.run.run_id, node_config)
+        self._on_done = on_done
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thread")
         self._pending: dict[str, Future[Message]] = {}
-        self.set_run(Run.create_empty(run_id=1))
-        self._context = Context(
-            run_id=self._run.run_id,
-            node_id=NODE_ID,
-            node_config=node_config or {},
-            state=RecordDict(),
-            run_config={},
-        )
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._told: set[tuple[str, str]] = set()
+        self._progress_at = time.monotonic()
 
     def close(self) -> None:
         """Drop the messages that wait, let those under way end, and stop the threads."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def set_run(self, run: Run) -> None:
-        """Set the run; a message made in this process belongs to it."""
-        self._run = run
-        TaskIdentity.run_id = run.run_id
-        TaskIdentity.task_id = run.primary_task_id or 1
-        TaskIdentity.node_id = SUPERLINK_NODE_ID
+        self._pool.shutdown(wait=not self._stalled(), cancel_futures=True)
 
     @property
-    def run(self) -> Run:
-        """The run that the messages belong to."""
-        return self._run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """Return a message; the same as calling ``Message``."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> list[int]:
-        """Return the id of the one node."""
-        return [NODE_ID]
+    def waiting(self) -> int:
+        """Messages without a reply."""
+        return sum(not future.done() for future in list(self._pending.values()))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages, in order, and return their ids."""
+        self._progress_at = time.monotonic()
         ids = []
         for message in messages:
-            message_id = str(uuid.uuid4())
-            message.metadata.__dict__["_message_id"] = message_id
-            self._pending[message_id] = self._pool.submit(self._answer, message)
-            ids.append(message_id)
+            ids.append(give_id(message))
+            self._pending[ids[-1]] = self._pool.submit(self._answer, message)
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -130,32 +104,64 @@ class InProcessGrid(Grid):
         """Send messages and return the replies, in the messages' order.
 
         After ``timeout`` seconds the replies that are ready are returned, the others dropped.
+
+        Raises
+        ------
+        StalledError
+            If for ``progress_timeout_s`` no client gets done.
         """
         ids = self.push_messages(messages)
         deadline = None if timeout is None else time.monotonic() + timeout
-        for message_id in ids:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
-            wait_for([self._pending[message_id]], timeout=left)
+        waiting = {self._pending[message_id] for message_id in ids}
+        while waiting:
+            now = time.monotonic()
+            left = self._progress_at + self._runtime.progress_timeout_s - now
+            if deadline is not None:
+                if deadline <= now:
+                    break
+                left = min(left, deadline - now)
+            waiting = wait_for(waiting, timeout=max(0.0, left)).not_done
+            if waiting and self._stalled():
+                log.error("no progress; what the threads are doing:\n%s", _stacks())
+                raise StalledError(
+                    f"no client got done for {self._runtime.progress_timeout_s:g} s "
+                    f"(runtime.progress_timeout_s), {len(waiting)} wait"
+                )
         replies = self.pull_messages(ids)
         for message_id in ids:
             if late := self._pending.pop(message_id, None):
                 late.cancel()
         return replies
 
+    def _stalled(self) -> bool:
+        quiet = time.monotonic() - self._progress_at
+        return bool(self._pending) and quiet > self._runtime.progress_timeout_s
+
     def _answer(self, message: Message) -> Message:
-        """Run the ClientApp; what it raises becomes an error reply, as in Flower."""
-        try:
-            answer = self._app(message, self._context)
-        except Exception as error:
-            # A user's mistake needs no traceback.
-            log.error(
-                "%s failed: %s",
-                message.metadata.group_id or message.metadata.message_type,
-                error,
-                exc_info=not isinstance(error, FedgeError),
-            )
-            reason = f"{type(error).__name__}: {error}"
-            answer = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
-        answer.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-        self._on_reply(answer)
-        return answer
+        """Run the ClientApp, again if it fails; in the end the failure is the reply."""
+        tries = self._runtime.max_retries + 1
+        for number in range(1, tries + 1):
+            answer = self._node.answer(message)
+            self._progress_at = time.monotonic()
+            if isinstance(answer.result, Message):
+                reply = answer.result
+                break
+            name, reason = name_of(message), answer.result.reason
+            if answer.result.details and (name, reason) not in self._told:
+                self._told.add((name, reason))
+                log.error("%s failed\n%s", name, answer.result.details.rstrip())
+            if number < tries:
+                log.warning("%s failed, try %d of %d: %s", name, number, tries, reason)
+            else:
+                reply = error_reply(message, reason)
+        worker = threading.current_thread().name.replace("_", "-")
+        self._on_done(Done(reply, worker, answer.started, answer.ended))
+        return reply
+
+
+def _stacks() -> str:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"--- {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )

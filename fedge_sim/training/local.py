@@ -2,16 +2,18 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim.sgd import sgd
 
 from fedge_sim.data.base import Examples
+from fedge_sim.training.device import device_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class TrainSettings:
     lr : float
         Learning rate of this round.
     local_epochs, batch_size : int
+    accumulation : int
+        Batches whose gradients make one step: that of the mean over all their examples.
     momentum, weight_decay : float
         Of SGD.
     clip_norm : float
@@ -41,6 +45,7 @@ class TrainSettings:
     clip_norm: float = 1.0
     label_smoothing: float = 0.1
     prox_mu: float = 0.0
+    accumulation: int = 1
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def train(
     settings: TrainSettings,
     order: np.random.Generator,
 ) -> TrainResult:
-    """Train a model in place on one client's examples.
+    """Train a model in place on one client's examples, where its parameters are.
 
     Parameters
     ----------
@@ -88,40 +93,73 @@ def train(
     started = time.perf_counter()
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in parameters]
-    optimiser = torch.optim.SGD(
-        parameters,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
+    momenta: list[Tensor | None] = [None] * len(parameters)
     model.train()
-    steps, loss_sum, seen = 0, torch.zeros(()), 0
+    device = device_of(model)
+    steps, loss_sum, seen = 0, torch.zeros((), device=device), 0
     for _ in range(settings.local_epochs):
-        loss_sum, seen = torch.zeros(()), 0
-        shuffled = order.permutation(rows)
-        for begin in range(0, len(rows), settings.batch_size):
-            batch = shuffled[begin : begin + settings.batch_size]
-            if len(batch) == 1 and len(rows) > 1:
-                continue
-            x, y = examples.batch(batch)
-            loss = functional.cross_entropy(model(x), y, label_smoothing=settings.label_smoothing)
-            optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+        loss_sum, seen = torch.zeros((), device=device), 0
+        for batches in _steps(order.permutation(rows), settings):
+            model.zero_grad()
+            total = sum(map(len, batches))
+            for batch in batches:
+                x, y = examples.batch(batch, device)
+                logits = model(x)
+                loss = functional.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
+                share = torch.full_like(loss, len(batch) / total)
+                loss.backward(share)
+                loss_sum += loss.detach() * len(batch)
+            seen += total
             if settings.prox_mu > 0:  # the gradient of mu/2 ||w - w_start||^2
                 for parameter, anchor in zip(parameters, start, strict=True):
                     if parameter.grad is not None:
                         parameter.grad.add_(parameter.detach() - anchor, alpha=settings.prox_mu)
             if settings.clip_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
-            optimiser.step()
+            _step(parameters, momenta, settings)
             steps += 1
-            loss_sum += loss.detach() * len(batch)
-            seen += len(batch)
     return TrainResult(
         steps=steps,
         loss=float(loss_sum) / max(seen, 1),
         seconds=time.perf_counter() - started,
     )
+
+
+@torch.no_grad()
+def _step(
+    parameters: Sequence[nn.Parameter], momenta: list[Tensor | None], settings: TrainSettings
+) -> None:
+    """Do a step of SGD in place, as ``torch.optim.SGD`` does.
+
+    That class imports the compiler when it is first used: a second, in every process.
+    """
+    used = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
+    buffers = [momenta[i] for i in used]
+    sgd(
+        [parameters[i] for i in used],
+        [g for i in used if (g := parameters[i].grad) is not None],
+        buffers,
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+        dampening=0.0,
+        nesterov=False,
+        maximize=False,
+    )
+    for i, buffer in zip(used, buffers, strict=True):
+        momenta[i] = buffer
+
+
+def _steps(rows: NDArray[np.int64], settings: TrainSettings) -> Iterator[list[NDArray[np.int64]]]:
+    """Yield the batches of every step of an epoch."""
+    size = settings.batch_size
+    for begin in range(0, len(rows), size * settings.accumulation):
+        step = rows[begin : begin + size * settings.accumulation]
+        batches = [step[i : i + size] for i in range(0, len(step), size)]
+        if len(batches[-1]) == 1 and len(rows) > 1:
+            batches.pop()
+        if batches:
+            yield batches
 
 
 @torch.inference_mode()
@@ -130,9 +168,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model on some examples; parameters as in :func:`train`."""
     model.eval()
-    loss_sum, right = 0.0, 0
+    device, loss_sum, right = device_of(model), 0.0, 0
     for begin in range(0, len(rows), batch_size):
-        x, target = examples.batch(rows[begin : begin + batch_size])
+        x, target = examples.batch(rows[begin : begin + batch_size], device)
         logits = model(x)
         loss_sum += float(functional.cross_entropy(logits, target, reduction="sum"))
         right += int((logits.argmax(dim=1) == target).sum())

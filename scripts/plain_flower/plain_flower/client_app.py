@@ -15,7 +15,12 @@ app = ClientApp()
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
-    """Train the received model on the client's training windows."""
+    """Train the received model on the client's training windows; send it back if "empty"."""
+    if context.run_config["empty"]:
+        metrics = MetricRecord({"num-examples": 1})
+        return Message(
+            RecordDict({"arrays": msg.content["arrays"], "metrics": metrics}), reply_to=msg
+        )
     net, (data, _) = _prepare(msg, context)
     loss = fit(net, data, context.run_config)
     content = RecordDict(

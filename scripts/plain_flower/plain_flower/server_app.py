@@ -49,6 +49,12 @@ def main(grid: Grid, context: Context) -> None:
     """Run all rounds."""
     config = context.run_config
     arrays = ArrayRecord(Net(int(config["num-classes"])).state_dict())
-    strategy = TimedFedAvg(Path(str(config["stamps"])))
+    num_clients = int(config["num-clients"])
+    strategy = TimedFedAvg(
+        Path(str(config["stamps"])),
+        fraction_evaluate=0.0 if config["empty"] else 1.0,
+        min_train_nodes=num_clients,
+        min_available_nodes=num_clients,
+    )
     strategy.start(grid, arrays, num_rounds=int(config["num-server-rounds"]))
     strategy.stamp()  # the end of the last round

@@ -1,0 +1,82 @@
+"""When each client was worked on, and by whom: what ``python -m fedge_sim.monitor`` reads."""
+
+import csv
+import io
+import time
+from collections.abc import Sequence
+from threading import Lock
+
+from fedge_sim.reporting.base import Callback, ClientDone, RoundRecord, RunInfo
+from fedge_sim.reporting.tables import write_json
+
+TIMELINE, WORKERS = "timeline.csv", "workers.json"
+COLUMNS = ("round", "purpose", "leaf", "client", "worker", "start_s", "end_s")
+
+
+class TimelineWriter(Callback):
+    """Writes ``timeline.csv`` and ``workers.json`` into the results folder.
+
+    A row of the first is one try of one client, in seconds since the run's start, and belongs
+    to the global round at whose end it was known. The second lists, in order, the names of all
+    workers and from when on they were those, so that one without work counts as idle. Both are
+    written at the end of a round: a kill keeps the finished ones.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._done: list[ClientDone] = []
+        self._told: list[tuple[float, list[str]]] = []
+
+    def on_workers(self, workers: Sequence[str]) -> None:
+        """Keep the workers' names, and the time."""
+        with self._lock:
+            if not self._told or self._told[-1][1] != list(workers):
+                self._told.append((time.time(), list(workers)))
+
+    def on_client_done(self, done: ClientDone) -> None:
+        """Keep it until the round's end."""
+        with self._lock:
+            self._done.append(done)
+
+    def on_run_start(self, info: RunInfo) -> None:
+        """Begin the files; seconds count from here."""
+        self._folder, self._start = info.folder, time.time()
+        self._append([COLUMNS])
+        self._num_told = -1
+        self._write_workers()
+
+    def on_round_end(self, record: RoundRecord) -> None:
+        """Add what was done in the round."""
+        with self._lock:
+            done, self._done = self._done, []
+        self._append(
+            [
+                (
+                    *(record.global_round, d.purpose, d.leaf, d.client, d.worker),
+                    self._seconds(d.started),
+                    # A clock that was set back in between gives no negative time.
+                    self._seconds(max(d.started, d.ended)),
+                )
+                for d in sorted(done, key=lambda d: d.started)
+            ]
+        )
+        self._write_workers()
+
+    def _seconds(self, unix_time: float) -> float:
+        return round(unix_time - self._start, 6)
+
+    def _append(self, rows: Sequence[Sequence[object]]) -> None:
+        """Write rows at once, so that a kill leaves at most the last one half-written."""
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        with (self._folder / TIMELINE).open("a", newline="", encoding="utf-8") as stream:
+            stream.write(text.getvalue())
+
+    def _write_workers(self) -> None:
+        """Write who works, if that changed since it was last written."""
+        with self._lock:
+            told = list(self._told)
+        if len(told) != self._num_told:
+            entries = [{"told_s": self._seconds(at), "workers": names} for at, names in told]
+            write_json(self._folder / WORKERS, entries, indent=None)
+            self._num_told = len(told)

@@ -1,0 +1,87 @@
+"""Which grid a run gets: this process, or Ray's actors."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from fedge_sim.client_app import app as client_app
+from fedge_sim.config import Runtime, Settings
+from fedge_sim.errors import ConfigError
+from fedge_sim.runtime.in_process import InProcessGrid, available_cores
+from fedge_sim.runtime.node import LocalGrid, OnDone
+
+log = logging.getLogger(__name__)
+
+CLIENT_APP = "fedge_sim.client_app:app"
+# Threads of one process share an interpreter: up to so many train as fast as actors do.
+THREADS_THAT_SCALE = 2
+
+
+def choose(runtime: Runtime, num_clients: int, cores: int, gpus: int) -> tuple[str, str]:
+    """Return the backend and the reason for it.
+
+    Parameters
+    ----------
+    runtime : Runtime
+    num_clients : int
+    cores, gpus : int
+        Of this machine.
+
+    Returns
+    -------
+    backend : str
+        ``"inprocess"`` or ``"ray"``.
+    reason : str
+        For the log.
+    """
+    threads = min(cores // runtime.threads_per_client, num_clients)
+    if runtime.backend != "auto":
+        return runtime.backend, "as set"
+    for needs_ray, reason in (
+        (runtime.ray_address, "a Ray cluster is given"),
+        (runtime.dashboard, "the dashboard is Ray's"),
+        (runtime.client_timeout_s, "only an actor can be stopped (client_timeout_s)"),
+        (runtime.num_workers != "auto", "num_workers counts actors"),
+        (gpus, "actors share the GPUs"),
+        (threads > THREADS_THAT_SCALE, f"{threads} threads would wait for one interpreter"),
+    ):
+        if needs_ray:
+            return "ray", reason
+    return "inprocess", f"{threads} threads train as fast as actors, and need no start"
+
+
+@contextmanager
+def open_grid(
+    settings: Settings,
+    on_done: OnDone,
+    on_workers: Callable[[Sequence[str]], None],
+) -> Iterator[LocalGrid]:
+    """Open the grid that the settings ask for, ready to work; close it at the end.
+
+    Raises
+    ------
+    ConfigError, DataError, WorkerError
+        If actors cannot be started, or cannot use the data.
+    """
+    runtime, cores = settings.runtime, available_cores()
+    clients = settings.hierarchy.num_clients
+    backend, reason = choose(runtime, clients, cores, torch.cuda.device_count())
+    log.info("backend %s: %s", backend, reason)
+    if backend == "ray":
+        from fedge_sim.runtime.ray_grid import RayGrid  # Ray is slow to import
+
+        with RayGrid(CLIENT_APP, settings, on_done, on_workers) as grid:
+            grid.prepare()
+            yield grid
+    else:
+        if runtime.client_timeout_s:
+            problem = 'a thread cannot be stopped; use backend = "ray"'
+            raise ConfigError.at("runtime", "client_timeout_s", runtime.client_timeout_s, problem)
+        workers = max(1, cores // runtime.threads_per_client)
+        if runtime.num_workers != "auto":
+            workers = min(workers, runtime.num_workers)
+        on_workers([f"thread-{number}" for number in range(workers)])
+        with InProcessGrid(client_app, workers, runtime, on_done=on_done) as grid:
+            yield grid

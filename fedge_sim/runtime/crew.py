@@ -1,0 +1,343 @@
+"""The actors of a run: how many, where, what each may take, and who replaces one that dies."""
+
+import logging
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import ray
+from flwr.supercore.run import Run
+from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from fedge_sim.config import Settings
+from fedge_sim.errors import ConfigError, DataError, WorkerError
+from fedge_sim.runtime import gpu, sizing
+from fedge_sim.runtime.in_process import available_cores
+from fedge_sim.runtime.sizing import Machine, Need
+from fedge_sim.runtime.trainer import Introduction, remote_trainer
+
+log = logging.getLogger(__name__)
+
+CONTROL_SECONDS = 5.0  # for an actor to say what it does
+START_FAILURES = 3  # of one actor in a row, after which it is given up
+MIB = 2**20
+
+
+@dataclass(eq=False)
+class Worker:
+    """An actor, seen from the grid.
+
+    Attributes
+    ----------
+    index : int
+    actor : Ray actor handle
+    introduction : Introduction or None
+        None until it has started.
+    calls : list of ObjectRef
+        The hands that it was given, the first of which it works on.
+    busy_since : float
+        When it began with the first, or was last seen to go on (monotonic seconds).
+    """
+
+    index: int
+    actor: Any
+    starting: Any
+    introduction: Introduction | None = None
+    calls: list[Any] = field(default_factory=list)
+    busy_since: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """For example ``"trainer-0 cpu 1"``."""
+        return self.introduction.name if self.introduction else f"trainer-{self.index}"
+
+
+class Crew:
+    """Starts, sizes, replaces and stops the actors.
+
+    Parameters
+    ----------
+    client_app : str
+        ``"module:attribute"`` of the ClientApp.
+    settings : Settings
+    run : Run
+    on_change : callable
+        Told the names of all actors whenever they change.
+
+    Attributes
+    ----------
+    workers : list of Worker
+        Those that have started, and replacements under way.
+    plan : Plan
+
+    Raises
+    ------
+    ConfigError
+        If the settings do not fit the machine.
+    WorkerError
+        If no actor can be started.
+    """
+
+    def __init__(
+        self,
+        client_app: str,
+        settings: Settings,
+        run: Run,
+        on_change: Callable[[Sequence[str]], None],
+    ) -> None:
+        self._client_app, self._settings, self._run = client_app, settings, run
+        self._on_change = on_change
+        self._failed_starts = 0
+        self._generation = 0
+        self._group: PlacementGroup | None = None
+        self.workers: list[Worker] = []
+        self._own_ray = not ray.is_initialized()
+        if self._own_ray:
+            _start_ray(settings)
+        try:
+            self._hire()
+        except BaseException:
+            self.close()
+            raise
+
+    def _hire(self) -> None:
+        """Start as many actors as cores and GPUs allow; memory is looked at later."""
+        runtime, there = self._settings.runtime, ray.cluster_resources()
+        gpus = int(there.get("GPU", 0))
+        self._profile = gpu.resolve(runtime, gpus)
+        log.info(gpu.describe(self._profile, runtime.gpu_profile, gpus))
+        self._machine = Machine(int(there.get("CPU", 0)), int(there.get("memory", 0)), gpus)
+        self.plan = sizing.plan(self._settings, self._profile, self._machine)
+        if gpus and not self.plan.gpus_per_actor:
+            log.warning("%d GPUs are there and none is used: num_gpus_per_actor is 0", gpus)
+        if self.plan.spread:
+            self._group = self._reserve_gpus()
+        self.workers = [self._start(index) for index in range(self.plan.actors)]
+        deadline = time.monotonic() + runtime.node_timeout_s
+        while (left := deadline - time.monotonic()) > 0:
+            if not (starting := [w.starting for w in self.workers if not w.introduction]):
+                break
+            ray.wait(starting, num_returns=len(starting), timeout=left)
+            self.welcome()
+        for worker in [w for w in self.workers if not w.introduction]:
+            log.warning("%s did not start within %g s", worker.name, runtime.node_timeout_s)
+            self.retire(worker)
+        if not self.workers:
+            raise WorkerError(f"no actor started within {runtime.node_timeout_s:g} s")
+
+    def _reserve_gpus(self) -> PlacementGroup:
+        """Reserve every GPU whole: Ray would put small shares all on the first."""
+        each = math.ceil(self.plan.actors / self._machine.gpus)
+        bundle = {"GPU": 1.0, "CPU": each * self.plan.cpus_per_actor}
+        group: PlacementGroup = placement_group([bundle] * self._machine.gpus)
+        if not group.wait(self._settings.runtime.node_timeout_s):
+            remove_placement_group(group)
+            raise WorkerError(f"Ray cannot reserve {self._machine.gpus} GPUs: others use them")
+        return group
+
+    def _start(self, index: int) -> Worker:
+        options: dict[str, Any] = {
+            "num_cpus": self.plan.cpus_per_actor,
+            "num_gpus": self.plan.gpus_per_actor,
+            "name": f"trainer-{index}" + (f".{self._generation}" if self._generation else ""),
+            # Ray keeps a record of every call, for its dashboard, and grows by it.
+            "enable_task_events": self._settings.runtime.dashboard,
+            "scheduling_strategy": "SPREAD" if len(ray.nodes()) > 1 else "DEFAULT",
+        }
+        if self._group:
+            bundle = index % self._machine.gpus
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, bundle)
+        if self.plan.gpus_per_actor and self._profile.memory_pool:
+            pool = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+            options["runtime_env"] = {"env_vars": pool}
+        metrics = self._settings.runtime.dashboard
+        actor = remote_trainer().options(**options)
+        handle = actor.remote(index, self._client_app, self._run, metrics)
+        return Worker(index, handle, starting=handle.introduce.remote())
+
+    def welcome(self) -> None:
+        """Take in the actors that have started, and try those that failed to again.
+
+        Raises
+        ------
+        WorkerError
+            If none is left, and none can be started.
+        """
+        starting = {w.starting: w for w in self.workers if not w.introduction}
+        if not starting:
+            return
+        started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
+        for ref in started:
+            worker = starting[ref]
+            try:
+                worker.introduction = ray.get(ref)
+                self._failed_starts = 0
+            except RayError as error:
+                self._failed_starts += 1
+                if self._failed_starts < START_FAILURES:
+                    self.replace(worker)
+                    continue
+                log.warning("%s cannot be started: %s", worker.name, error)
+                self.retire(worker)
+                if not self.workers:
+                    raise WorkerError(f"no actor can be started: {_last_line(error)}") from None
+        if started:
+            self._tell()
+
+    def prepare(self) -> None:
+        """Open the data in every actor, measure the memory of training, and fit the plan to it.
+
+        Raises
+        ------
+        DataError
+            If an actor cannot use the data: it names the path, and the actor's machine.
+        ConfigError
+            If not even one client fits into the memory allowed.
+        """
+        text = self._settings.to_json()
+        errors: list[str] = _get([w.actor.open.remote(text) for w in self.workers])
+        introductions = [w.introduction for w in self.workers if w.introduction]
+        for who, error in zip(introductions, errors, strict=True):
+            if error:
+                raise DataError(f"{error} ({who.name} on {who.node})")
+        gpu_memory = min(who.gpu_memory for who in introductions)
+        if self.plan.gpus_per_actor and not gpu_memory:
+            log.warning("Ray gives out GPUs, but torch sees none: clients train on the CPU")
+        else:
+            sharing = math.ceil(len(self.workers) / max(1, self._machine.gpus))
+            need: Need = _get([self.workers[0].actor.probe.remote(text, sharing)])[0]
+            machine = replace(self._machine, gpu_memory=gpu_memory)
+            self.plan = sizing.plan(self._settings, self._profile, machine, need)
+            log.info(
+                "memory: %.0f MiB an actor, and %.0f MiB for each client that it trains",
+                *(need.base / MIB, need.per_client / MIB),
+            )
+        self._gpu_share = min(1.0, self.plan.memory_cap / gpu_memory) if gpu_memory else 1.0
+        for worker in self.workers[self.plan.actors :]:
+            self.retire(worker)
+        self._settle(self.workers)
+        log.info(self.plan.describe(self._settings.hierarchy.num_clients))
+        for who in introductions[: len(self.workers)]:
+            log.info("%s on %s", who.name, who.node)
+        self._tell()
+
+    def replace(self, worker: Worker) -> None:
+        """Start another actor in place of one that is dead, or that is to die."""
+        ray.kill(worker.actor)
+        self._generation += 1
+        self.workers[self.workers.index(worker)] = self._start(worker.index)
+
+    def retire(self, worker: Worker) -> None:
+        """Stop an actor for good."""
+        ray.kill(worker.actor)
+        self.workers.remove(worker)
+
+    def relieve(self, worker: Worker) -> bool:
+        """After an actor ran out of memory: smaller cohorts, else fewer actors.
+
+        Returns
+        -------
+        bool
+            False if there is nothing left to reduce.
+        """
+        if (cohort := self.plan.cohort_size) > 1:
+            self.plan = replace(self.plan, cohort_size=cohort // 2)
+            setting = f"cohort_size = {cohort // 2}"
+        elif len(self.workers) > 1:
+            self.retire(worker)
+            self.plan = replace(self.plan, actors=len(self.workers))
+            setting = f"num_workers = {len(self.workers)}"
+            if self._machine.gpus:
+                each = math.ceil(len(self.workers) / self._machine.gpus)
+                self._gpu_share = self._profile.memory_share / each
+        else:
+            return False
+        log.warning(
+            "%s ran out of memory: the run goes on with %d actors and cohorts of %d; "
+            "next time set runtime.%s",
+            *(worker.name, len(self.workers), self.plan.cohort_size, setting),
+        )
+        self._settle([w for w in self.workers if w.introduction and w is not worker])
+        self._tell()
+        return True
+
+    def _settle(self, workers: Sequence[Worker]) -> None:
+        """Tell actors what they may take; each does so between two hands."""
+        for worker in workers:
+            worker.actor.settle.remote(self._gpu_share, self.plan.cohort_size)
+
+    def clean(self) -> None:
+        """At a round's end: give back memory of the GPU, if the profile says so."""
+        if self._profile.memory_cleanup == "round" and self.plan.gpus_per_actor:
+            for worker in self.workers:
+                worker.actor.clean.remote()
+
+    def stacks(self) -> str:
+        """Return what every thread of every actor is doing, as far as they answer."""
+        calls = {worker.name: worker.actor.stacks.remote() for worker in self.workers}
+        ray.wait(list(calls.values()), num_returns=len(calls), timeout=CONTROL_SECONDS)
+        return "\n".join(f"--- {name}\n{_answer_or_reason(ref)}" for name, ref in calls.items())
+
+    def times_opened(self) -> list[int]:
+        """Return how often each actor has opened the data."""
+        times: list[int] = _get([w.actor.times_opened.remote() for w in self.workers])
+        return times
+
+    def close(self) -> None:
+        """Stop the actors, and Ray if it was started here."""
+        for worker in self.workers:
+            ray.kill(worker.actor)
+        self.workers = []
+        if self._group:
+            remove_placement_group(self._group)
+        if self._own_ray:
+            ray.shutdown()
+
+    def _tell(self) -> None:
+        self._on_change([worker.name for worker in self.workers])
+
+
+def _start_ray(settings: Settings) -> None:
+    runtime = settings.runtime
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    where: dict[str, Any] = {"address": runtime.ray_address}
+    if not runtime.ray_address:
+        where = {"num_cpus": available_cores(), "include_dashboard": runtime.dashboard}
+        where["dashboard_host"] = "127.0.0.1"
+    try:
+        with warnings.catch_warnings():  # of Ray's own future
+            warnings.simplefilter("ignore", FutureWarning)
+            context = ray.init(**where, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if not runtime.ray_address:
+            raise WorkerError(f"Ray cannot be started: {_last_line(error)}") from error
+        problem = f"no Ray cluster answers there ({_last_line(error)})"
+        raise ConfigError.at("runtime", "ray_address", runtime.ray_address, problem) from None
+    if runtime.dashboard:
+        log.info("Ray dashboard: http://%s", context.dashboard_url)
+
+
+def _get(refs: list[Any]) -> Any:
+    try:
+        return ray.get(refs)
+    except RayActorError as error:
+        raise WorkerError(f"an actor died at the start: {_last_line(error)}") from None
+
+
+def _answer_or_reason(ref: Any) -> str:
+    try:
+        return str(ray.get(ref, timeout=0))
+    except GetTimeoutError:
+        return f"did not answer within {CONTROL_SECONDS:g} s"
+    except RayError as error:
+        return _last_line(error)
+
+
+def _last_line(error: Exception) -> str:
+    return next((line for line in reversed(str(error).splitlines()) if line.strip()), repr(error))

@@ -1,0 +1,398 @@
+"""A Flower Grid on Ray actors that live for the whole run.
+
+A leaf's model is put into Ray's object store once a round; messages travel without it, several
+to a call where clients are short. A client's result depends on nothing but its message, so what
+was lost with an actor is run again, with the same bytes.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from flwr.app import ArrayRecord, Message, RecordDict
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
+
+from fedge_sim import records
+from fedge_sim.config import Settings
+from fedge_sim.errors import StalledError
+from fedge_sim.runtime.crew import CONTROL_SECONDS, Crew, Worker
+from fedge_sim.runtime.node import (
+    Answer,
+    Done,
+    Failure,
+    LocalGrid,
+    OnDone,
+    error_reply,
+    give_id,
+    name_of,
+    tell_nobody,
+)
+from fedge_sim.runtime.schedule import HAND_SECONDS, Estimates, Schedule
+from fedge_sim.runtime.trainer import Job
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 0.5  # between two looks at what hangs
+
+
+@dataclass(eq=False)
+class _Task:
+    """A message on its way to an answer."""
+
+    message: Message
+    light: Message  # the same without its models
+    models: dict[str, Any]  # refs of those, by record name
+    work: float
+    failures: int = 0
+    alone: bool = False  # after a failure: it takes no other with it, and is the one to blame
+
+    @property
+    def id(self) -> str:
+        return self.message.metadata.message_id
+
+    @property
+    def kind(self) -> str:
+        return self.message.metadata.message_type
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return tuple(self.message.metadata.group_id.split("/")[::2])  # purpose and client
+
+
+@dataclass(eq=False)
+class _Hand:
+    """The tasks of one call to an actor."""
+
+    worker: Worker
+    tasks: list[_Task]
+
+
+class RayGrid(LocalGrid):
+    """A Grid with one node that serves every client, on Ray actors.
+
+    Parameters
+    ----------
+    client_app : str
+        ``"module:attribute"`` of the ClientApp; the actors import it.
+    settings : Settings
+        Its table ``runtime`` says how many actors, and what becomes of clients that fail.
+    on_done : callable, optional
+        Told of every message that was answered for good.
+    on_workers : callable, optional
+        Told the names of the actors when they change.
+
+    Raises
+    ------
+    ConfigError
+        If the settings do not fit the machine.
+    WorkerError
+        If no actor can be started.
+    """
+
+    def __init__(
+        self,
+        client_app: str,
+        settings: Settings,
+        on_done: OnDone = tell_nobody,
+        on_workers: Callable[[Sequence[str]], None] = lambda _: None,
+    ) -> None:
+        super().__init__()
+        self._runtime = settings.runtime
+        self._on_done = on_done
+        self._schedule: Schedule[_Task] = Schedule()
+        self._estimates = Estimates()
+        self._running: dict[Any, _Hand] = {}  # by the call's ObjectRef
+        self._replies: dict[str, Message] = {}  # that nobody has pulled yet
+        self._open: set[str] = set()  # ids without a reply
+        self._told: set[tuple[str, str]] = set()  # client and reason of the tracebacks shown
+        self._watched_at = self._progress_at = time.monotonic()
+        self.crew = Crew(client_app, settings, self.run, on_workers)
+
+    def prepare(self) -> None:
+        """Open the data in every actor, and fit number and size of the actors to the memory.
+
+        Raises
+        ------
+        DataError, ConfigError
+            See :meth:`Crew.prepare`.
+        """
+        self.crew.prepare()
+
+    @property
+    def waiting(self) -> int:
+        """Messages without a reply."""
+        return len(self._open)
+
+    def close(self) -> None:
+        """Drop all work, stop the actors, and Ray if it was started here."""
+        self._open.clear()
+        self.crew.close()
+
+    # ------------------------------------------------------------------ Flower's interface
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        """Queue messages and return their ids."""
+        if not self._open:
+            self._progress_at = time.monotonic()
+        refs: dict[int, Any] = {}  # a model that many messages share is put once
+        tasks = [self._task(message, refs) for message in messages]
+        self._open.update(task.id for task in tasks)
+        for task in tasks:
+            self._queue(task)
+        self._deal()
+        return [task.id for task in tasks]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        """Return the replies that are ready, each once."""
+        self._turn(0.0)
+        ready = [i for i in dict.fromkeys(message_ids) if i in self._replies]
+        return [self._replies.pop(message_id) for message_id in ready]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
+        """Send messages and return the replies, in the messages' order.
+
+        After ``timeout`` seconds the replies that are ready are returned, the others dropped.
+
+        Raises
+        ------
+        StalledError
+            If for ``progress_timeout_s`` no client gets done.
+        WorkerError
+            If no actor is left.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        ids = self.push_messages(messages)
+        mine = set(ids)
+        while not mine.isdisjoint(self._open):
+            left = WATCH_SECONDS if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._turn(min(left, WATCH_SECONDS))
+        replies = [self._replies.pop(i) for i in ids if i in self._replies]
+        self._open -= mine
+        self.crew.clean()
+        return replies
+
+    # ------------------------------------------------------------------ there
+
+    def _task(self, message: Message, refs: dict[int, Any]) -> _Task:
+        give_id(message)
+        light, models = RecordDict(), {}
+        for name, record in message.content.items():
+            if isinstance(record, ArrayRecord):
+                if id(record) not in refs:
+                    refs[id(record)] = ray.put(record)
+                models[name] = refs[id(record)]
+            else:
+                light[name] = record
+        work = records.work_of(message)
+        same = Message(light, metadata=message.metadata)  # type: ignore[call-overload]
+        return _Task(message, same, models, work)
+
+    def _queue(self, task: _Task) -> None:
+        seconds = self._estimates.expect(task.kind, task.key, task.work)
+        self._schedule.add(task, task.work, seconds, alone=task.alone)
+
+    def _deal(self) -> None:
+        """Give every actor a hand, and a second one where hands are short."""
+        ready = [worker for worker in self.crew.workers if worker.introduction]
+        for held in (0, 1):
+            for worker in ready:
+                if len(worker.calls) == held and (held == 0 or self._is_short(worker)):
+                    self._hand_out(worker, len(ready))
+
+    def _is_short(self, worker: Worker) -> bool:
+        seconds = [
+            self._estimates.expect(task.kind, task.key, task.work)
+            for task in self._running[worker.calls[0]].tasks
+        ]
+        return None not in seconds and sum(s or 0.0 for s in seconds) <= 2 * HAND_SECONDS
+
+    def _hand_out(self, worker: Worker, num_workers: int) -> None:
+        dealt = self._schedule.deal(num_workers, self.crew.plan.cohort_size)
+        tasks = [task for task in dealt if task.id in self._open]  # the others were dropped
+        if not tasks:
+            return
+        refs = list(dict.fromkeys(ref for task in tasks for ref in task.models.values()))
+        place = {ref: i for i, ref in enumerate(refs)}
+        jobs = [Job(t.light, {n: place[ref] for n, ref in t.models.items()}) for t in tasks]
+        call = worker.actor.work.remote(jobs, refs)
+        if not worker.calls:
+            worker.busy_since = time.monotonic()
+        worker.calls.append(call)
+        self._running[call] = _Hand(worker, tasks)
+
+    # ------------------------------------------------------------------ and back
+
+    def _turn(self, seconds: float) -> None:
+        """Deal, wait for one hand to come back, and look after those that do not."""
+        self._deal()
+        if self._running:
+            calls = list(self._running)
+            done, others = ray.wait(calls, timeout=seconds)
+            if done and others:
+                done += ray.wait(others, num_returns=len(others), timeout=0)[0]
+            for call in done:
+                if call in self._running:  # not lost with its actor meanwhile
+                    self._collect(call)
+        elif self._open:
+            time.sleep(min(seconds, 0.05))  # an actor is starting
+        if time.monotonic() - self._watched_at >= WATCH_SECONDS:
+            self._watch()
+
+    def _collect(self, call: Any) -> None:
+        hand = self._running[call]
+        try:
+            answers: list[Answer] = ray.get(call)
+        except (RayActorError, OutOfMemoryError) as error:
+            self._lost(hand.worker, error)
+            return
+        except RayError as error:  # for example a reply that cannot be sent
+            self._take_back(call)
+            self._blame(hand.tasks, Failure(str(error).strip().splitlines()[-1], str(error)))
+            return
+        self._take_back(call)
+        self._take_in(hand, answers)
+
+    def _take_in(self, hand: _Hand, answers: Sequence[Answer]) -> None:
+        hungry = []
+        for task, answer in zip(hand.tasks, answers, strict=True):
+            if isinstance(answer.result, Message):
+                new = self._estimates.expect(task.kind, None, 1.0) is None
+                self._estimates.learn(task.kind, task.key, task.work, answer.ended - answer.started)
+                if new:  # now it is known how long those that wait will take
+                    for waiting in self._schedule.drop():
+                        self._queue(waiting)
+                self._finish(task, answer.result, hand.worker.name, answer)
+            elif answer.result.out_of_memory:
+                hungry.append(task)
+            else:
+                self._failed(task, answer.result, hand.worker.name, answer)
+        if hungry:
+            self._out_of_memory(hand.worker, hungry)
+
+    def _take_back(self, call: Any) -> None:
+        worker = self._running.pop(call).worker
+        worker.calls.remove(call)
+        worker.busy_since = self._progress_at = time.monotonic()
+
+    def _finish(self, task: _Task, reply: Message, worker: str, answer: Answer | None) -> None:
+        if task.id not in self._open:
+            return  # nobody waits for it any more
+        self._open.remove(task.id)
+        self._replies[task.id] = reply
+        now = time.time()
+        started, ended = (answer.started, answer.ended) if answer else (now, now)
+        self._on_done(Done(reply, worker, started, ended))
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def _failed(
+        self, task: _Task, failure: Failure, worker: str, answer: Answer | None = None
+    ) -> None:
+        """Run a client again that failed, or leave it out."""
+        task.failures += 1
+        task.alone = True  # so that it takes no other with it
+        name, tries = name_of(task.message), self._runtime.max_retries + 1
+        if failure.details and (name, failure.reason) not in self._told:
+            self._told.add((name, failure.reason))
+            log.error("%s failed on %s\n%s", name, worker, failure.details.rstrip())
+        if task.failures < tries:
+            log.warning("%s failed, try %d of %d: %s", name, task.failures, tries, failure.reason)
+            self._queue(task)
+        else:
+            reply = error_reply(task.message, failure.reason)
+            self._finish(task, reply, worker, answer)
+
+    def _blame(self, tasks: Sequence[_Task], failure: Failure, worker: str = "its actor") -> None:
+        """Count a failure of a whole hand: against its task if it was alone, else against none."""
+        for task in tasks:
+            if len(tasks) == 1:
+                self._failed(task, failure, worker)
+            else:
+                task.alone = True
+                self._queue(task)
+
+    def _lost(self, worker: Worker, error: Exception) -> None:
+        """Replace an actor that died; what it was given is run again."""
+        lost: list[list[_Task]] = []
+        for call in list(worker.calls):
+            hand = self._running[call]
+            self._take_back(call)
+            try:
+                answers = ray.get(call, timeout=CONTROL_SECONDS)
+            except RayError:
+                lost.append(hand.tasks)
+            else:  # it was done just before
+                self._take_in(hand, answers)
+        if isinstance(error, OutOfMemoryError):  # Ray killed it, for the sake of the host
+            self._out_of_memory(worker, [task for tasks in lost for task in tasks])
+            if worker in self.crew.workers:
+                self.crew.replace(worker)
+            return
+        log.warning("%s died; it is replaced, and its clients are run again", worker.name)
+        self.crew.replace(worker)
+        for tasks in lost[:1]:
+            self._blame(tasks, Failure("its actor died"), worker.name)
+        for task in (task for tasks in lost[1:] for task in tasks):
+            self._queue(task)
+
+    def _out_of_memory(self, worker: Worker, tasks: Sequence[_Task]) -> None:
+        """Run tasks again with more memory for each; where there is no more, they failed."""
+        relieved = self.crew.relieve(worker)
+        if worker not in self.crew.workers:  # it was one too many
+            for call in worker.calls:
+                for task in self._running.pop(call).tasks:
+                    self._queue(task)
+        for task in tasks:
+            if relieved:
+                self._queue(task)
+            else:
+                task.failures = self._runtime.max_retries
+                reason = "out of memory, alone on the only actor: use a smaller batch_size"
+                self._failed(task, Failure(reason), worker.name)
+
+    def _watch(self) -> None:
+        """Take in new actors; stop clients past their time, and a run that does not go on."""
+        self._watched_at = now = time.monotonic()
+        self.crew.welcome()
+        if limit := self._runtime.client_timeout_s:
+            for worker in list(self.crew.workers):
+                if worker.calls and now - worker.busy_since > limit:
+                    self._overdue(worker, limit)
+        if self._open and now - self._progress_at > self._runtime.progress_timeout_s:
+            log.error("no progress; what the actors are doing:\n%s", self.crew.stacks())
+            raise StalledError(
+                f"no client got done for {self._runtime.progress_timeout_s:g} s "
+                f"(runtime.progress_timeout_s), {len(self._open)} wait"
+            )
+
+    def _overdue(self, worker: Worker, limit: float) -> None:
+        """Stop an actor if a client of its first hand is past the limit; else wait on."""
+        hand = self._running[worker.calls[0]].tasks
+        try:
+            at_work = ray.get(worker.actor.at_work.remote(), timeout=CONTROL_SECONDS)
+            late = [task for task in hand if at_work.get(task.id, 0.0) > limit]
+        except (GetTimeoutError, RayActorError):  # it holds the interpreter, or is dead
+            at_work, late = {}, hand
+        if not late:
+            longest = max(at_work.values(), default=0.0)
+            worker.busy_since = time.monotonic() - longest
+            return
+        hands = [self._running.pop(call).tasks for call in worker.calls]
+        worker.calls.clear()
+        self._progress_at = time.monotonic()
+        self.crew.replace(worker)
+        failure = Failure(f"no reply within {limit:g} s (client_timeout_s)")
+        if at_work:
+            for task in late:
+                self._failed(task, failure, worker.name)
+        else:
+            self._blame(late, failure, worker.name)
+        for task in (task for tasks in hands for task in tasks if task not in late):
+            self._queue(task)

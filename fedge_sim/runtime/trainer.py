@@ -1,0 +1,257 @@
+"""The actor: one process that trains clients, on a core or on its share of a GPU.
+
+Its ordinary calls work on messages, one hand at a time; those of the group "control" answer
+meanwhile, so that the grid can ask what goes on.
+"""
+
+import gc
+import importlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import psutil
+import ray
+import torch
+from flwr.app import ArrayRecord, Message
+from flwr.clientapp import ClientApp
+from flwr.supercore.run import Run
+from ray.util.metrics import Gauge
+
+from fedge_sim import client_app as our_client_app
+from fedge_sim.config import settings_from_json
+from fedge_sim.data import federated_data
+from fedge_sim.errors import FedgeError
+from fedge_sim.runtime.node import Answer, Node, identify
+from fedge_sim.runtime.sizing import Need
+
+CONTROL = "control"  # the concurrency group
+KEPT_MODELS = 8  # of the newest rounds and leaf servers
+METRICS_SECONDS = 2.0  # between two reports of memory
+
+ModelRef: TypeAlias = "ray.ObjectRef[ArrayRecord]"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A message without its arrays, and which of the hand's models they are, by record name."""
+
+    message: Message
+    models: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Introduction:
+    """Where an actor found itself.
+
+    Attributes
+    ----------
+    name : str
+        For example ``"trainer-0 cuda:0 0.25"`` or ``"trainer-0 cpu 1"``.
+    node : str
+        The machine's name and address.
+    pid : int
+    gpu_memory : int
+        Bytes of its whole GPU; 0 without one that torch can use.
+    """
+
+    name: str
+    node: str
+    pid: int
+    gpu_memory: int
+
+
+class Trainer:
+    """A process that runs the ClientApp on messages.
+
+    Parameters
+    ----------
+    index : int
+    client_app : str
+        ``"module:attribute"``.
+    run : Run
+    metrics : bool
+        Whether to report memory to Ray's dashboard.
+    """
+
+    def __init__(self, index: int, client_app: str, run: Run, metrics: bool) -> None:
+        resources = ray.get_runtime_context().get_assigned_resources()
+        gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        share = resources.get("GPU", 0.0) if gpus else resources.get("CPU", 0.0)
+        place = f"cuda:{','.join(gpus)}" if gpus else "cpu"
+        self._name = f"trainer-{index} {place} {share:g}"  # first: Ray asks for it on any error
+        identify(run)
+        module, _, attribute = client_app.partition(":")
+        app: ClientApp = getattr(importlib.import_module(module), attribute)
+        self._node = Node(app, run.run_id)
+        self._models: OrderedDict[ModelRef, ArrayRecord] = OrderedDict()
+        self._at_work: dict[str, float] = {}  # message id -> start
+        self._pool = ThreadPoolExecutor(1)
+        self._side_by_side = 1
+        self._on_gpu = torch.cuda.is_available()
+        if metrics:
+            threading.Thread(target=self._report_memory, daemon=True).start()
+
+    def __repr__(self) -> str:
+        """Return the name that Ray's dashboard and logs show."""
+        return self._name
+
+    # ------------------------------------------------------------------ ordinary calls
+
+    def introduce(self) -> Introduction:
+        """Say where this actor is."""
+        return Introduction(
+            name=self._name,
+            node=f"{socket.gethostname()} ({ray.util.get_node_ip_address()})",
+            pid=os.getpid(),
+            gpu_memory=torch.cuda.mem_get_info()[1] if self._on_gpu else 0,
+        )
+
+    def open(self, settings: str) -> str:
+        """Open the run's data; return what is wrong, or nothing.
+
+        Parameters
+        ----------
+        settings : str
+            As JSON.
+        """
+        try:
+            federated_data(settings_from_json(settings))
+        except FedgeError as error:
+            return str(error)
+        return ""
+
+    def probe(self, settings: str, sharing: int) -> Need:
+        """Measure the memory of training: train the client with most examples for a few batches.
+
+        Parameters
+        ----------
+        settings : str
+            As JSON.
+        sharing : int
+            Actors on this GPU, this one included.
+        """
+        our_client_app.probe(settings_from_json(settings))  # what is there once: libraries, data
+        self.clean()
+        base = self._own_memory(sharing)
+        self._reset_peak()
+        before = self._memory()
+        our_client_app.probe(settings_from_json(settings))
+        return Need(base=base, per_client=max(1, self._peak() - before))
+
+    def settle(self, memory_share: float, cohort_size: int) -> None:
+        """Take the size that the plan gave: the share of the GPU's memory is a hard limit."""
+        if self._on_gpu:
+            torch.cuda.set_per_process_memory_fraction(memory_share)
+        if cohort_size != self._side_by_side:
+            self._pool.shutdown()
+            self._pool = ThreadPoolExecutor(cohort_size, initializer=self._take_stream)
+            self._side_by_side = cohort_size
+
+    def work(self, jobs: Sequence[Job], models: Sequence[ModelRef]) -> list[Answer]:
+        """Answer messages, as many side by side as the cohort size says."""
+        records = [self._model(ref) for ref in models]
+        return list(self._pool.map(lambda job: self._answer(job, records), jobs))
+
+    def clean(self) -> None:
+        """Give back the memory that torch holds and does not use."""
+        gc.collect()
+        if self._on_gpu:
+            torch.cuda.empty_cache()
+
+    # ------------------------------------------------------------------ control
+
+    @ray.method(concurrency_group=CONTROL)
+    def at_work(self) -> dict[str, float]:
+        """Return the ids of the messages under way, and for how many seconds."""
+        now = time.monotonic()
+        return {message_id: now - start for message_id, start in list(self._at_work.items())}
+
+    @ray.method(concurrency_group=CONTROL)
+    def stacks(self) -> str:
+        """Return what each thread is doing."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        return "\n".join(
+            f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+            for ident, frame in sys._current_frames().items()
+        )
+
+    @ray.method(concurrency_group=CONTROL)
+    def times_opened(self) -> int:
+        """Return how often this process has opened a dataset."""
+        return federated_data.times_opened
+
+    # ------------------------------------------------------------------ inside
+
+    def _answer(self, job: Job, records: Sequence[ArrayRecord]) -> Answer:
+        for name, place in job.models.items():
+            job.message.content[name] = records[place]
+        message_id = job.message.metadata.message_id
+        self._at_work[message_id] = time.monotonic()
+        try:
+            return self._node.answer(job.message)
+        finally:
+            del self._at_work[message_id]
+
+    def _model(self, ref: ModelRef) -> ArrayRecord:
+        if ref not in self._models:
+            self._models[ref] = ray.get(ref)
+        self._models.move_to_end(ref)
+        while len(self._models) > KEPT_MODELS:
+            self._models.popitem(last=False)
+        return self._models[ref]
+
+    def _memory(self) -> int:
+        return torch.cuda.memory_reserved() if self._on_gpu else psutil.Process().memory_info().rss
+
+    def _take_stream(self) -> None:
+        """Give a thread its own CUDA stream: clients side by side need not wait for each other."""
+        if self._on_gpu:
+            torch.cuda.set_stream(torch.cuda.Stream())
+
+    def _own_memory(self, sharing: int) -> int:
+        if not self._on_gpu:
+            return int(psutil.Process().memory_full_info().uss)
+        free, total = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved()
+        # The rest are the contexts of the actors here: more, if others use the GPU too.
+        return int((total - free - reserved) / sharing + reserved)
+
+    def _reset_peak(self) -> None:
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        elif (file := Path("/proc/self/clear_refs")).exists():
+            file.write_text("5")  # the peak of the resident set starts anew
+
+    def _peak(self) -> int:
+        if self._on_gpu:
+            return torch.cuda.max_memory_reserved()
+        status = Path("/proc/self/status")
+        if not status.exists():  # not Linux
+            return self._memory()
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(fields["VmHWM"].split()[0]) * 1024
+
+    def _report_memory(self) -> None:
+        gauge = Gauge(
+            "fedge_actor_memory_bytes",
+            "GPU memory that an actor holds, or memory of the host without a GPU",
+            tag_keys=("actor",),
+        )
+        while True:
+            gauge.set(self._memory(), tags={"actor": self._name})
+            time.sleep(METRICS_SECONDS)
+
+
+def remote_trainer() -> Any:
+    """Return :class:`Trainer` as a Ray actor class."""
+    return ray.remote(concurrency_groups={CONTROL: 1})(Trainer)  # type: ignore[call-overload]

@@ -1,0 +1,156 @@
+"""The Ray runtime, on real actors: the same bytes whatever their number, and what it costs."""
+
+import logging
+import time
+from unittest import mock
+
+import psutil
+import pytest
+import ray
+from flwr.app import ConfigRecord
+
+from fedge_sim import records
+from fedge_sim.errors import ConfigError, WorkerError
+from fedge_sim.orchestrator import Orchestrator
+from fedge_sim.runtime.node import NODE_ID
+from fedge_sim.runtime.ray_grid import RayGrid
+from tests import unruly
+from tests.conftest import Keep, ray_grid, run, run_on_ray, same_models
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(start_ray):
+    """Four cores, whatever the machine has: four actors must fit."""
+    with start_ray(num_cpus=4):
+        yield
+
+
+@pytest.mark.parametrize("actors", [1, 2, 4])
+def test_the_same_bytes_on_any_number_of_actors(small, actors):
+    settings = small(f"runtime.num_workers={actors}")
+    unruly.rule(settings, all=("delay", 100))  # replies come in another order each time
+    ours = run_on_ray(settings, app="tests.unruly:app")
+    assert same_models(ours.last, run(small()).last)
+
+
+def test_clients_side_by_side_in_an_actor_change_nothing(small):
+    settings = small("runtime.num_workers=2", "runtime.cohort_size=2")
+    assert same_models(run_on_ray(settings).last, run(small()).last)
+
+
+TINY = (
+    "app.config.synthetic-windows-per-client=12",
+    "app.config.model=mlp",
+    "hierarchy.global_rounds=100",
+    "runtime.num_workers=2",
+)
+
+
+def test_a_hundred_rounds_open_the_data_once_and_start_no_process(small):
+    class Processes(Keep):
+        def on_run_start(self, info):
+            self.seen = [processes()]
+
+        def on_round_end(self, record):
+            super().on_round_end(record)
+            self.seen.append(processes())
+
+    watch = Processes()
+    with ray_grid(small(*TINY)) as grid, mock.patch("ray.put", wraps=ray.put) as put:
+        Orchestrator(grid.settings, grid, [watch]).run()
+        opened = grid.crew.times_opened()
+        pids = {worker.introduction.pid for worker in grid.crew.workers}
+    assert opened == [1, 1]
+    assert len(watch.records) == 100
+    assert pids <= watch.seen[0]
+    assert all(pids_now <= watch.seen[0] for pids_now in watch.seen[1:])
+    # Each round: 3 leaf models to train from, and to evaluate; then the clusters' and the mean.
+    clusters = [len(record.cloud.cluster_models) for record in watch.records]
+    assert put.call_count == sum(3 + 3 + k + (k > 1) for k in clusters)
+
+
+def processes() -> set[int]:
+    """Return all processes of this test's own Ray."""
+    return {child.pid for child in psutil.Process().children(recursive=True)}
+
+
+def test_a_short_hand_carries_many_messages(small):
+    with ray_grid(small("runtime.num_workers=2"), prepare=False) as grid:
+        calls = []
+        for worker in grid.crew.workers:
+            real = worker.actor.work.remote
+            worker.actor.work = mock.Mock(remote=lambda *a, real=real: calls.append(a) or real(*a))
+        for _ in range(2):  # the first time, nothing is known of how long one takes
+            calls.clear()
+            replies = grid.send_and_receive([question(c) for c in range(300)])
+    assert [records.Address.of(reply).client for reply in replies] == list(range(300))
+    assert len(calls) < 100
+
+
+def question(client: int, purpose: str = "query"):
+    address = records.Address(purpose, 0, client)
+    return records.instruction(NODE_ID, "query", ConfigRecord(), None, address)
+
+
+def test_push_and_pull(small):
+    with ray_grid(small("runtime.num_workers=2"), prepare=False) as grid:
+        ids = grid.push_messages([question(c) for c in range(5)])
+        replies = []
+        while len(replies) < 5:
+            replies += grid.pull_messages(ids)
+            time.sleep(0.01)
+        assert grid.pull_messages(ids) == []
+    assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
+
+
+def test_a_timeout_returns_what_is_there_and_drops_the_rest(small):
+    settings = small("runtime.num_workers=2")
+    unruly.rule(settings, c1=("sleep", 9))
+    with ray_grid(settings, app="tests.unruly:app") as grid:
+        model = records.to_record({})
+        messages = [
+            records.instruction(
+                NODE_ID,
+                "train",
+                ConfigRecord({records.SETTINGS: settings.to_json(), records.CLIENT_ID: 1}),
+                model,
+                records.Address("train", 0, 1),
+            ),
+            question(2),
+        ]
+        replies = grid.send_and_receive(messages, timeout=3)
+        assert [records.Address.of(reply).client for reply in replies] == [2]
+        assert grid.waiting == 0
+        # the other actor goes on
+        assert len(grid.send_and_receive([question(3)], timeout=20)) == 1
+
+
+def test_the_plan_is_printed_and_what_does_not_fit_is_refused(small, caplog):
+    caplog.set_level(logging.INFO, "fedge_sim")
+    with ray_grid(small("runtime.num_workers=2")) as grid:
+        names = [worker.name for worker in grid.crew.workers]
+    assert names == ["trainer-0 cpu 1", "trainer-1 cpu 1"]
+    assert "2 actors x 1 thread" in caplog.text
+    assert "9 clients on 2 actors: 4.5 -> 5 waves a round" in caplog.text
+    assert "no GPU here: CPU settings" in caplog.text
+    with pytest.raises(ConfigError, match=r"num_workers = 5: must be at most 4"):
+        RayGrid(unruly_app, small("runtime.num_workers=5"))
+    with pytest.raises(ConfigError, match=r"memory_share .*no room for one client"):
+        run_on_ray(small("runtime.memory_share=0.001"))
+
+
+unruly_app = "tests.unruly:app"
+
+
+def test_memory_decides_the_number_of_actors(small):
+    with ray_grid(small()) as grid:
+        assert len(grid.crew.workers) == 4
+    share = 0.8 * 2**30 / ray.cluster_resources()["memory"]  # for two or three actors
+    with ray_grid(small(f"runtime.memory_share={share}")) as grid:
+        assert 1 <= len(grid.crew.workers) < 4
+        assert grid.crew.plan.actors == len(grid.crew.workers)
+
+
+def test_an_app_that_cannot_be_imported(small):
+    with pytest.raises(WorkerError, match=r"no actor can be started: .*no_such_module"):
+        RayGrid("no_such_module:app", small("runtime.num_workers=1"))

@@ -1,0 +1,169 @@
+"""What goes wrong on Ray's actors, for real: clients and actors that fail, hang, or take too much."""
+
+import pytest
+import ray
+
+from fedge_sim.errors import RoundError, StalledError
+from fedge_sim.orchestrator import Orchestrator
+from tests import unruly
+from tests.conftest import Keep, ray_grid, run, run_on_ray, same_models
+
+UNRULY = "tests.unruly:app"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray(start_ray):
+    with start_ray(num_cpus=4):
+        yield
+
+
+@pytest.fixture
+def two(small):
+    """Return a function to the settings of a run on two actors."""
+    return lambda *more: small("runtime.num_workers=2", *more)
+
+
+def test_a_killed_actor_is_replaced_and_nothing_changes(two, caplog):
+    settings = two()
+    unruly.rule(settings, c4=("die", 1))
+    with ray_grid(settings, UNRULY) as grid:
+        last = Orchestrator(settings, grid, []).run().last
+        assert len(grid.crew.workers) == 2
+    assert "died; it is replaced, and its clients are run again" in caplog.text
+    assert unruly.tries(settings, 4) == 3  # once more than there are rounds
+    assert same_models(last, run(two()).last)
+
+
+def test_a_client_that_kills_every_actor_is_left_out(two, caplog):
+    settings = two("hierarchy.global_rounds=1")
+    unruly.rule(settings, c4=("die", 99))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert unruly.tries(settings, 4) in (3, 4)  # the first time it may have shared a call
+    assert "client 4 of leaf server 1 left out: its actor died" in caplog.text
+    assert [c.client for c in last.clients if not c.bytes_up] == [4]
+
+
+def test_a_client_that_raises_once_is_run_again(two, caplog):
+    settings = two()
+    unruly.rule(settings, c3=("raise", 1))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert same_models(last, run(two()).last)
+    assert caplog.text.count("Traceback") == 1
+    assert "client 3 of leaf server 1 (train) failed, try 1 of 3: RuntimeError" in caplog.text
+
+
+def test_a_client_that_always_raises_is_left_out_by_name(two, caplog):
+    settings = two("runtime.max_retries=1")
+    unruly.rule(settings, c3=("raise", 99))
+    keep = Keep()
+    run_on_ray(settings, [keep], app=UNRULY)
+    assert unruly.tries(settings, 3) == 4  # in each of two rounds, twice
+    assert caplog.text.count("Traceback") == 1
+    assert caplog.text.count("client 3 of leaf server 1 left out: RuntimeError: the battery") == 2
+    assert [c.client for c in keep.records[1].clients if not c.bytes_up] == [3]
+
+
+def test_too_few_clients_end_the_run(two):
+    settings = two("runtime.max_retries=0", "runtime.min_clients_per_round=3")
+    unruly.rule(settings, c3=("raise", 99))
+    message = "leaf server 1: usable updates came from 2 of 3 clients in round 1, and must from 3"
+    with pytest.raises(RoundError, match=message):
+        run_on_ray(settings, app=UNRULY)
+
+
+def test_a_reply_that_cannot_be_sent(two, caplog):
+    settings = two("runtime.max_retries=0")
+    with pytest.raises(RoundError, match="leaf server 0: usable updates came from 0 of 3"):
+        run_on_ray(settings, app="tests.unruly:unsendable")
+    assert "left out: TypeError: cannot pickle" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["sleep", "hold the interpreter"])
+def test_a_client_past_its_time_is_stopped_and_run_again(two, caplog, how):
+    settings = two("runtime.client_timeout_s=3.0")
+    unruly.rule(settings, c1=(how, 1))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert (
+        "client 1 of leaf server 0 (train) failed, try 1 of 3: no reply within 3 s" in caplog.text
+    )
+    assert same_models(last, run(two()).last)
+
+
+def test_a_client_that_always_hangs_is_left_out(two, caplog):
+    settings = two("runtime.client_timeout_s=4.0", "runtime.max_retries=0")
+    unruly.rule(settings, c1=("sleep", 99))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert "client 1 of leaf server 0 left out: no reply within 4 s" in caplog.text
+    assert [c.client for c in last.clients if not c.bytes_up] == [1]
+
+
+def test_no_progress_ends_the_run_with_every_stack(two, caplog):
+    settings = two("runtime.progress_timeout_s=2.0")
+    unruly.rule(settings, all=("sleep", 99))
+    with pytest.raises(StalledError, match=r"no client got done for 2 s .* 9 wait"):
+        run_on_ray(settings, app=UNRULY)
+    assert "--- trainer-0 cpu 1" in caplog.text
+    assert "--- trainer-1 cpu 1" in caplog.text
+    assert caplog.text.count("in sleep_for_ever") == 2
+
+
+# ------------------------------------------------------------------ memory
+
+
+def test_out_of_gpu_memory_halves_the_cohort(two, caplog):
+    settings = two("runtime.cohort_size=2")
+    unruly.rule(settings, c0=("gpu memory", 1))
+    with ray_grid(settings, UNRULY) as grid:
+        last = Orchestrator(settings, grid, []).run().last
+        assert grid.crew.plan.cohort_size == 1
+        assert len(grid.crew.workers) == 2
+    assert "cohorts of 1; next time set runtime.cohort_size = 1" in caplog.text
+    assert same_models(last, run(two()).last)
+
+
+@pytest.mark.parametrize("kind", ["gpu memory", "host memory"])
+def test_then_it_moves_to_fewer_actors(two, caplog, kind):
+    settings = two()
+    unruly.rule(settings, c0=(kind, 1))
+    names = []
+    with ray_grid(settings, UNRULY, on_workers=names.append) as grid:
+        last = Orchestrator(settings, grid, []).run().last
+        assert len(grid.crew.workers) == 1
+    assert [len(told) for told in names] == [2, 2, 1]  # started, sized, one less
+    assert "with 1 actors and cohorts of 1; next time set runtime.num_workers = 1" in caplog.text
+    assert same_models(last, run(two()).last)
+
+
+def test_at_last_the_client_is_left_out(two, caplog):
+    settings = two("hierarchy.global_rounds=1")
+    unruly.rule(settings, c0=("gpu memory", 99))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert (
+        "client 0 of leaf server 0 left out: out of memory, alone on the only actor" in caplog.text
+    )
+    assert [c.client for c in last.clients if not c.bytes_up] == [0]
+
+
+def test_an_actor_that_ray_killed_for_memory(two, caplog):
+    """As Ray's memory monitor does it; its error is made here, where the reply is fetched."""
+    settings = two()
+    unruly.rule(settings)
+    killed = []
+    real = ray.get
+
+    def get(refs, **kwargs):
+        if not killed and refs in grid._running and time_to_die():
+            killed.append(refs)
+            raise ray.exceptions.OutOfMemoryError("Task was killed due to the node running low")
+        return real(refs, **kwargs)
+
+    def time_to_die():
+        return any(t.kind == "train" for hand in grid._running.values() for t in hand.tasks)
+
+    with ray_grid(settings, UNRULY) as grid, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedge_sim.runtime.ray_grid.ray.get", get)
+        last = Orchestrator(settings, grid, []).run().last
+        assert len(grid.crew.workers) == 1
+    assert killed
+    assert "next time set runtime.num_workers = 1" in caplog.text
+    assert same_models(last, run(two()).last)

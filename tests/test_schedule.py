@@ -1,0 +1,80 @@
+"""Longest expected work first: on a virtual clock, how close to the shortest time possible."""
+
+import heapq
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedge_sim.runtime.schedule import HAND_SIZE, Estimates, Schedule
+
+SECONDS = st.floats(0.001, 100, allow_nan=False)
+
+
+def simulate(jobs, workers, known=True, cohort=1):
+    """Return when the last worker ends, on a virtual clock, and the hands in order."""
+    schedule = Schedule()
+    for number, seconds in enumerate(jobs):
+        schedule.add((number, seconds), work=seconds, seconds=seconds if known else None)
+    idle, hands = [(0.0, worker) for worker in range(workers)], []
+    end = 0.0
+    while schedule:
+        now, worker = heapq.heappop(idle)
+        hand = schedule.deal(workers, cohort)
+        hands.append([number for number, _ in hand])
+        end = max(end, now := now + sum(seconds for _, seconds in hand))
+        heapq.heappush(idle, (now, worker))
+    return end, hands
+
+
+def ideal(jobs, workers):
+    """Return a bound that no schedule beats."""
+    return max(sum(jobs) / workers, max(jobs))
+
+
+@pytest.mark.parametrize("place", range(9))
+@pytest.mark.parametrize("known", [True, False])
+def test_one_client_five_times_the_others(place, known):
+    jobs = [1.0] * 9
+    jobs[place] = 5.0
+    assert simulate(jobs, 2, known)[0] <= 1.1 * ideal(jobs, 2)
+
+
+@given(st.lists(SECONDS, min_size=1, max_size=60), st.integers(1, 5), st.booleans())
+def test_every_job_once_and_never_far_from_ideal(jobs, workers, known):
+    end, hands = simulate(jobs, workers, known)
+    assert sorted(number for hand in hands for number in hand) == list(range(len(jobs)))
+    # Graham's bound for longest first, and a hand of short jobs at most
+    assert end <= (4 / 3) * ideal(jobs, workers) + max(jobs) * (not known) + 0.1
+
+
+@given(st.integers(1, 3000), st.integers(1, 8))
+def test_short_jobs_share_hands_and_all_workers_get_some(number, workers):
+    _, hands = simulate([0.0001] * number, workers)
+    assert max(map(len, hands)) <= min(HAND_SIZE, max(50, number / (2 * workers)))  # 5 ms
+    assert len(hands) <= 12 * workers + number / 40
+
+
+def test_a_cohort_is_shared_out_too():
+    assert [len(hand) for hand in simulate([1.0] * 9, 2, cohort=4)[1]] == [4, 3, 1, 1]
+
+
+def test_alone_is_alone():
+    schedule = Schedule()
+    for name in "abcd":
+        schedule.add(name, 1, 0.001, alone=name == "b")
+    hands = []
+    while schedule:
+        hands.append(schedule.deal(1, 4))
+    assert ["b"] in hands
+    assert sorted(name for hand in hands for name in hand) == list("abcd")
+
+
+def test_estimates():
+    estimates = Estimates()
+    assert estimates.expect("train", 1, 100) is None
+    estimates.learn("train", 1, 100, 2.0)
+    assert estimates.expect("train", 1, 100) == 2.0  # as last time
+    assert estimates.expect("train", 2, 50) == pytest.approx(1.0)  # by its work
+    assert estimates.expect("train", 1, 50) == pytest.approx(1.0)  # it has less to do now
+    assert estimates.expect("evaluate", 1, 100) is None
