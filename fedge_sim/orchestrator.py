@@ -312,4 +312,6 @@ def run(settings: Settings, callbacks: Sequence[Callback]) -> Result:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    command = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    command.command()(main)
+    command()

@@ -117,7 +117,7 @@ def test_out_of_gpu_memory_halves_the_cohort(two, caplog):
         last = Orchestrator(settings, grid, []).run().last
         assert grid.crew.plan.cohort_size == 1
         assert len(grid.crew.workers) == 2
-    assert "cohorts of 1; next time set runtime.cohort_size = 1" in caplog.text
+    assert "cohort size 1; next time set runtime.cohort_size = 1" in caplog.text
     assert same_models(last, run(two()).last)
 
 
@@ -130,7 +130,7 @@ def test_then_it_moves_to_fewer_actors(two, caplog, kind):
         last = Orchestrator(settings, grid, []).run().last
         assert len(grid.crew.workers) == 1
     assert [len(told) for told in names] == [2, 2, 1]  # started, sized, one less
-    assert "with 1 actors and cohorts of 1; next time set runtime.num_workers = 1" in caplog.text
+    assert "actors now 1, cohort size 1; next time set runtime.num_workers = 1" in caplog.text
     assert same_models(last, run(two()).last)
 
 

@@ -152,7 +152,7 @@ class Callback:
         """
 
     def on_client_done(self, done: ClientDone) -> None:
-        """After a client replied, failed tries too; only grids of this process tell.
+        """After a client replied, or was left out for good; only grids of this process tell.
 
         From any thread, and before :meth:`on_run_start` if the grid is used before it.
         """

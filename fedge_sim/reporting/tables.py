@@ -52,7 +52,7 @@ class TableWriter(Callback):
                 ],
                 "versions": {
                     "python": platform.python_version(),
-                    **{name: version(name) for name in ("flwr", "numpy", "torch")},
+                    **{name: version(name) for name in ("flwr", "numpy", "ray", "torch")},
                 },
             },
         )

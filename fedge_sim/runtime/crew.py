@@ -3,6 +3,9 @@
 import logging
 import math
 import os
+import signal
+import socket
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,7 +23,7 @@ from fedge_sim.errors import ConfigError, DataError, WorkerError
 from fedge_sim.runtime import gpu, sizing
 from fedge_sim.runtime.in_process import available_cores
 from fedge_sim.runtime.sizing import Machine, Need
-from fedge_sim.runtime.trainer import Introduction, remote_trainer
+from fedge_sim.runtime.trainer import Introduction, Opened, remote_trainer
 
 log = logging.getLogger(__name__)
 
@@ -201,11 +204,15 @@ class Crew:
             If not even one client fits into the memory allowed.
         """
         text = self._settings.to_json()
-        errors: list[str] = _get([w.actor.open.remote(text) for w in self.workers])
+        answers: list[Opened] = _get([w.actor.open.remote(text) for w in self.workers])
         introductions = [w.introduction for w in self.workers if w.introduction]
-        for who, error in zip(introductions, errors, strict=True):
-            if error:
-                raise DataError(f"{error} ({who.name} on {who.node})")
+        for who, opened in zip(introductions, answers, strict=True):
+            if opened.error:
+                raise DataError(f"{opened.error} ({who.name} on {who.node})")
+            if opened.content != answers[0].content:
+                there, here = who.node, introductions[0].node
+                path = self._settings.data.data_root
+                raise DataError(f"{path}: the data on {there} are other than those on {here}")
         gpu_memory = min(who.gpu_memory for who in introductions)
         if self.plan.gpus_per_actor and not gpu_memory:
             log.warning("Ray gives out GPUs, but torch sees none: clients train on the CPU")
@@ -259,8 +266,7 @@ class Crew:
         else:
             return False
         log.warning(
-            "%s ran out of memory: the run goes on with %d actors and cohorts of %d; "
-            "next time set runtime.%s",
+            "%s ran out of memory: actors now %d, cohort size %d; next time set runtime.%s",
             *(worker.name, len(self.workers), self.plan.cohort_size, setting),
         )
         self._settle([w for w in self.workers if w.introduction and w is not worker])
@@ -307,20 +313,47 @@ def _start_ray(settings: Settings) -> None:
     runtime = settings.runtime
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     where: dict[str, Any] = {"address": runtime.ray_address}
-    if not runtime.ray_address:
-        where = {"num_cpus": available_cores(), "include_dashboard": runtime.dashboard}
+    if runtime.ray_address:
+        _knock(runtime.ray_address)
+    else:
+        where = {
+            "address": "local",
+            "num_cpus": available_cores(),
+            "include_dashboard": runtime.dashboard,
+        }
         where["dashboard_host"] = "127.0.0.1"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         with warnings.catch_warnings():  # of Ray's own future
             warnings.simplefilter("ignore", FutureWarning)
             context = ray.init(**where, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray raises all kinds
         if not runtime.ray_address:
             raise WorkerError(f"Ray cannot be started: {_last_line(error)}") from error
         problem = f"no Ray cluster answers there ({_last_line(error)})"
         raise ConfigError.at("runtime", "ray_address", runtime.ray_address, problem) from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # which Ray took for itself
     if runtime.dashboard:
         log.info("Ray dashboard: http://%s", context.dashboard_url)
+        for node in ray.nodes():
+            address, port = node["NodeManagerAddress"], node["MetricsExportPort"]
+            log.info("metrics for Prometheus: http://%s:%d/metrics", address, port)
+
+
+def _knock(address: str) -> None:
+    """Fail at once if nobody listens there: Ray tries for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    problem = 'must be "auto" or HOST:PORT, as "ray start --head" prints it'
+    if not host or not port.isdecimal():
+        raise ConfigError.at("runtime", "ray_address", address, problem)
+    try:
+        socket.create_connection((host, int(port)), timeout=CONTROL_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        problem = f"no Ray cluster answers there ({error})"
+        raise ConfigError.at("runtime", "ray_address", address, problem) from None
 
 
 def _get(refs: list[Any]) -> Any:

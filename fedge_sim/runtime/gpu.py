@@ -26,7 +26,7 @@ class Profile:
     caching : bool
         Whether an actor keeps the dataset on its GPU.
     memory_pool : bool
-        Whether torch keeps freed GPU memory for what comes next.
+        Whether torch's allocator grows one pool of GPU memory (``expandable_segments``).
     streams : int
         Clients that an actor trains side by side, at most, if ``cohort_size`` is ``"auto"``.
     pipelining : bool

@@ -59,6 +59,8 @@ class Introduction:
         For example ``"trainer-0 cuda:0 0.25"`` or ``"trainer-0 cpu 1"``.
     node : str
         The machine's name and address.
+    node_id : str
+        Ray's name for it.
     pid : int
     gpu_memory : int
         Bytes of its whole GPU; 0 without one that torch can use.
@@ -66,8 +68,17 @@ class Introduction:
 
     name: str
     node: str
+    node_id: str
     pid: int
     gpu_memory: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What came of opening the data: what is wrong with them, or their SHA-256."""
+
+    error: str = ""
+    content: str = ""
 
 
 class Trainer:
@@ -112,12 +123,13 @@ class Trainer:
         return Introduction(
             name=self._name,
             node=f"{socket.gethostname()} ({ray.util.get_node_ip_address()})",
+            node_id=ray.get_runtime_context().get_node_id(),
             pid=os.getpid(),
             gpu_memory=torch.cuda.mem_get_info()[1] if self._on_gpu else 0,
         )
 
-    def open(self, settings: str) -> str:
-        """Open the run's data; return what is wrong, or nothing.
+    def open(self, settings: str) -> Opened:
+        """Open the run's data, for as long as this actor lives.
 
         Parameters
         ----------
@@ -125,10 +137,10 @@ class Trainer:
             As JSON.
         """
         try:
-            federated_data(settings_from_json(settings))
+            data = federated_data(settings_from_json(settings))
         except FedgeError as error:
-            return str(error)
-        return ""
+            return Opened(error=str(error))
+        return Opened(content=data.dataset.content)
 
     def probe(self, settings: str, sharing: int) -> Need:
         """Measure the memory of training: train the client with most examples for a few batches.
