@@ -20,6 +20,7 @@ from fedge_sim.errors import DataError
 from fedge_sim.orchestrator import Orchestrator, Result
 from fedge_sim.reporting.base import Callback, RoundRecord
 from fedge_sim.reporting.tables import TableWriter
+from fedge_sim.reporting.timeline import TimelineWriter
 from fedge_sim.reporting.weights import WeightWriter
 from fedge_sim.runtime.backend import CLIENT_APP
 from fedge_sim.runtime.in_process import InProcessGrid
@@ -76,7 +77,7 @@ def run(
 ) -> Result:
     """Run in this process, with the standard result files."""
     if callbacks is None:
-        callbacks = [TableWriter(), WeightWriter()]
+        callbacks = [TableWriter(), WeightWriter(), TimelineWriter()]
     with InProcessGrid(client_app, workers) as grid:
         return Orchestrator(settings, grid, callbacks).run()
 

@@ -10,6 +10,7 @@ from fedge_sim import cloud, records
 from fedge_sim.algorithms.aggregation import step_towards, weighted_mean
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import CloudCluster
+from fedge_sim.data.base import ClientData, DataSummary
 from fedge_sim.errors import RoundError
 from fedge_sim.leaf import LeafServer
 from fedge_sim.records import Address
@@ -62,7 +63,9 @@ def test_server_learning_rate_moves_only_trainable_arrays():
 @pytest.fixture
 def leaf(small):
     settings = small("hierarchy.server_lr=1.0")
-    return LeafServer(0, (0, 1, 2), {0: 2, 1: 2, 2: 2}, settings, frozenset({"w"}))
+    rows = ClientData(np.arange(4), np.arange(4, 5))
+    data = DataSummary((rows,) * 3, (6, 100), ("a", "b"), (), "content")
+    return LeafServer(0, (0, 1, 2), {0: 2, 1: 2, 2: 2}, settings, frozenset({"w"}), data)
 
 
 def replies_to(leaf: LeafServer, models: list[np.ndarray], examples: list[int]) -> list[Message]:
@@ -113,7 +116,7 @@ def test_bad_clients_are_left_out_by_name(leaf, caplog):
     np.testing.assert_array_equal(arrays["w"].numpy(), MODELS[0])
     assert "client 1 of leaf server 0 left out: its model is not finite" in caplog.text
     assert "client 2 of leaf server 0 left out: no reply" in caplog.text
-    with pytest.raises(RoundError, match="leaf server 0: no client sent a usable update"):
+    with pytest.raises(RoundError, match="leaf server 0: usable updates came from 0 of 3 clients"):
         leaf.aggregate_train(1, replies[1:2])
 
 

@@ -1,9 +1,13 @@
 """What goes wrong on Ray's actors, for real: clients and actors that fail, hang, or take too much."""
 
+import re
+import time
+from dataclasses import replace
+
 import pytest
 import ray
 
-from fedge_sim.errors import RoundError, StalledError
+from fedge_sim.errors import RoundError, StalledError, WorkerError
 from fedge_sim.orchestrator import Orchestrator
 from tests import unruly
 from tests.conftest import Keep, ray_grid, run, run_on_ray, same_models
@@ -38,7 +42,7 @@ def test_a_client_that_kills_every_actor_is_left_out(two, caplog):
     settings = two("hierarchy.global_rounds=1")
     unruly.rule(settings, c4=("die", 99))
     last = run_on_ray(settings, app=UNRULY).last
-    assert unruly.tries(settings, 4) in (3, 4)  # the first time it may have shared a call
+    assert unruly.tries(settings, 4) == 4  # the first death may be another's fault
     assert "client 4 of leaf server 1 left out: its actor died" in caplog.text
     assert [c.client for c in last.clients if not c.bytes_up] == [4]
 
@@ -83,24 +87,25 @@ def test_a_client_past_its_time_is_stopped_and_run_again(two, caplog, how):
     settings = two("runtime.client_timeout_s=3.0")
     unruly.rule(settings, c1=(how, 1))
     last = run_on_ray(settings, app=UNRULY).last
-    assert (
-        "client 1 of leaf server 0 (train) failed, try 1 of 3: no reply within 3 s" in caplog.text
-    )
+    line = r"client 1 of leaf server 0 \(train\) .*: no reply within 3 s \(client_timeout_s\)"
+    assert re.search(line, caplog.text)
     assert same_models(last, run(two()).last)
 
 
 def test_a_client_that_always_hangs_is_left_out(two, caplog):
-    settings = two("runtime.client_timeout_s=4.0", "runtime.max_retries=0")
+    settings = two(
+        "runtime.client_timeout_s=6.0", "runtime.max_retries=0", "hierarchy.global_rounds=1"
+    )
     unruly.rule(settings, c1=("sleep", 99))
     last = run_on_ray(settings, app=UNRULY).last
-    assert "client 1 of leaf server 0 left out: no reply within 4 s" in caplog.text
+    assert "client 1 of leaf server 0 left out: no reply within 6 s" in caplog.text
     assert [c.client for c in last.clients if not c.bytes_up] == [1]
 
 
 def test_no_progress_ends_the_run_with_every_stack(two, caplog):
-    settings = two("runtime.progress_timeout_s=2.0")
+    settings = two("runtime.progress_timeout_s=5.0")
     unruly.rule(settings, all=("sleep", 99))
-    with pytest.raises(StalledError, match=r"no client got done for 2 s .* 9 wait"):
+    with pytest.raises(StalledError, match=r"no client got done for 5 s .* 9 wait"):
         run_on_ray(settings, app=UNRULY)
     assert "--- trainer-0 cpu 1" in caplog.text
     assert "--- trainer-1 cpu 1" in caplog.text
@@ -144,16 +149,59 @@ def test_at_last_the_client_is_left_out(two, caplog):
     assert [c.client for c in last.clients if not c.bytes_up] == [0]
 
 
-def test_an_actor_that_ray_killed_for_memory(two, caplog):
+def test_all_out_of_memory_at_once_count_once(two, caplog):
+    settings = two("runtime.num_workers=4", "hierarchy.global_rounds=1")
+    unruly.rule(settings, all=("gpu memory", 1))
+    with ray_grid(settings, UNRULY) as grid:
+        last = Orchestrator(settings, grid, []).run().last
+        assert 1 <= len(grid.crew.workers) <= 3
+    assert "left out" not in caplog.text
+    assert same_models(last, run(two("hierarchy.global_rounds=1")).last)
+
+
+def test_a_new_actor_is_of_the_same_size(two):
+    settings = two("runtime.cohort_size=2", "hierarchy.global_rounds=1")
+    unruly.rule(settings, c0=("die", 1))
+    with ray_grid(settings, UNRULY) as grid:
+        first = {worker.introduction.pid for worker in grid.crew.workers}
+        Orchestrator(settings, grid, []).run()
+        deadline = time.monotonic() + 60
+        while not all(worker.introduction for worker in grid.crew.workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+            grid.crew.welcome()
+        assert {worker.introduction.pid for worker in grid.crew.workers} - first
+        sizes = ray.get([worker.actor.cohort_size.remote() for worker in grid.crew.workers])
+    assert sizes == [2, 2]
+
+
+def test_a_new_actor_that_has_no_place_is_given_up(two):
+    settings = two("runtime.num_workers=1", "runtime.node_timeout_s=20.0")
+    unruly.rule(settings, c0=("die", 99))
+    with ray_grid(settings, UNRULY) as grid:
+        start = grid.crew._start
+
+        def far_away(index):
+            grid.crew.plan = replace(grid.crew.plan, cpus_per_actor=99.0)
+            return start(index)
+
+        grid.crew._start = far_away
+        with pytest.raises(WorkerError, match=r"none did within 20 s \(node_timeout_s\)"):
+            Orchestrator(settings, grid, []).run()
+
+
+@pytest.mark.parametrize("actors", [1, 2])
+def test_an_actor_that_ray_killed_for_memory(two, caplog, actors):
     """As Ray's memory monitor does it; its error is made here, where the reply is fetched."""
-    settings = two()
+    settings = two(f"runtime.num_workers={actors}")
     unruly.rule(settings)
     killed = []
     real = ray.get
 
     def get(refs, **kwargs):
         if not killed and refs in grid._running and time_to_die():
-            killed.append(refs)
+            killed.extend(grid._running[refs].worker.calls)
+        if refs in killed:
             raise ray.exceptions.OutOfMemoryError("Task was killed due to the node running low")
         return real(refs, **kwargs)
 
@@ -165,5 +213,6 @@ def test_an_actor_that_ray_killed_for_memory(two, caplog):
         last = Orchestrator(settings, grid, []).run().last
         assert len(grid.crew.workers) == 1
     assert killed
-    assert "next time set runtime.num_workers = 1" in caplog.text
+    assert ("next time set runtime.num_workers = 1" in caplog.text) == (actors == 2)
+    assert "left out" not in caplog.text
     assert same_models(last, run(two()).last)

@@ -54,6 +54,12 @@ def test_few_actors_are_spread_over_the_gpus_all_the_same(small):
         assert {name.split(" ", 1)[1] for name in names(grid)} == {"cuda:0 0.25", "cuda:1 0.25"}
 
 
+def test_an_odd_number_of_actors_on_two_gpus(small):
+    settings = small("runtime.num_workers=5", "runtime.num_gpus_per_actor=0.25")
+    with ray_grid(settings, prepare=False) as grid:
+        assert Counter(name.split()[1] for name in names(grid)) == {"cuda:0": 3, "cuda:1": 2}
+
+
 def test_gpus_are_given_back(small):
     for _ in range(2):  # the second would wait for ever
         with RayGrid(CLIENT_APP, small("runtime.num_workers=2", "runtime.node_timeout_s=60")):

@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from flwr.app import Context, Message
 
@@ -61,9 +60,6 @@ def misbehave(what: str, client: int) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     if what == "host memory":
         raise MemoryError
-    if what == "allocate":
-        _ = np.ones(3 * 2**30, np.uint8)
-        time.sleep(20)
     if what == "delay":  # another one in each process and for each client
         digest = hashlib.sha256(f"{os.getpid()} {client}".encode()).digest()
         time.sleep(digest[0] / 1000)

@@ -36,7 +36,7 @@ def choose(runtime: Runtime, num_clients: int, cores: int, gpus: int) -> tuple[s
     reason : str
         For the log.
     """
-    threads = min(cores // runtime.threads_per_client, num_clients)
+    threads = max(1, min(cores // runtime.threads_per_client, num_clients))
     if runtime.backend != "auto":
         return runtime.backend, "as set"
     for needs_ray, reason in (
@@ -44,7 +44,7 @@ def choose(runtime: Runtime, num_clients: int, cores: int, gpus: int) -> tuple[s
         (runtime.dashboard, "the dashboard is Ray's"),
         (runtime.client_timeout_s, "only an actor can be stopped (client_timeout_s)"),
         (runtime.num_workers != "auto", "num_workers counts actors"),
-        (gpus, "actors share the GPUs"),
+        (gpus and runtime.num_gpus_per_actor != 0, "actors share the GPUs"),
         (threads > THREADS_THAT_SCALE, f"{threads} threads would wait for one interpreter"),
     ):
         if needs_ray:
@@ -76,9 +76,12 @@ def open_grid(
             grid.prepare()
             yield grid
     else:
-        if runtime.client_timeout_s:
-            problem = 'a thread cannot be stopped; use backend = "ray"'
-            raise ConfigError.at("runtime", "client_timeout_s", runtime.client_timeout_s, problem)
+        for key, problem in (
+            ("client_timeout_s", "a thread cannot be stopped"),
+            ("dashboard", "it is Ray's"),
+        ):
+            if value := getattr(runtime, key):
+                raise ConfigError.at("runtime", key, value, f'{problem}; use backend = "ray"')
         workers = max(1, cores // runtime.threads_per_client)
         if runtime.num_workers != "auto":
             workers = min(workers, runtime.num_workers)

@@ -1,25 +1,25 @@
 """The actors of a run: how many, where, what each may take, and who replaces one that dies."""
 
 import logging
-import math
 import os
 import signal
 import socket
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
 from flwr.supercore.run import Run
-from ray.exceptions import GetTimeoutError, RayActorError, RayError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from fedge_sim.config import Settings
-from fedge_sim.errors import ConfigError, DataError, WorkerError
+from fedge_sim.errors import ConfigError, DataError, StalledError, WorkerError
 from fedge_sim.runtime import gpu, sizing
 from fedge_sim.runtime.in_process import available_cores
 from fedge_sim.runtime.sizing import Machine, Need
@@ -46,6 +46,8 @@ class Worker:
         The hands that it was given, the first of which it works on.
     busy_since : float
         When it began with the first, or was last seen to go on (monotonic seconds).
+    started_at : float
+        When it was asked to start.
     """
 
     index: int
@@ -54,6 +56,7 @@ class Worker:
     introduction: Introduction | None = None
     calls: list[Any] = field(default_factory=list)
     busy_since: float = 0.0
+    started_at: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
@@ -78,6 +81,8 @@ class Crew:
     workers : list of Worker
         Those that have started, and replacements under way.
     plan : Plan
+    reliefs : int
+        How often cohorts or actors were made fewer, for memory.
 
     Raises
     ------
@@ -99,10 +104,14 @@ class Crew:
         self._failed_starts = 0
         self._generation = 0
         self._group: PlacementGroup | None = None
+        self._gpu_share: float | None = None  # of its GPU, that an actor may take; once known
+        self.reliefs = 0
         self.workers: list[Worker] = []
         self._own_ray = not ray.is_initialized()
         if self._own_ray:
             _start_ray(settings)
+        elif settings.runtime.ray_address or settings.runtime.dashboard:
+            log.warning("Ray is running already: ray_address and dashboard change nothing")
         try:
             self._hire()
         except BaseException:
@@ -113,13 +122,16 @@ class Crew:
         """Start as many actors as cores and GPUs allow; memory is looked at later."""
         runtime, there = self._settings.runtime, ray.cluster_resources()
         gpus = int(there.get("GPU", 0))
+        threads = runtime.threads_per_client  # which are all on one machine
+        cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+        cores = [n // threads * threads for n in cores] if len(cores) > 1 else cores
         self._profile = gpu.resolve(runtime, gpus)
         log.info(gpu.describe(self._profile, runtime.gpu_profile, gpus))
-        self._machine = Machine(int(there.get("CPU", 0)), int(there.get("memory", 0)), gpus)
+        self._machine = Machine(sum(cores), int(there.get("memory", 0)), gpus)
         self.plan = sizing.plan(self._settings, self._profile, self._machine)
         if gpus and not self.plan.gpus_per_actor:
             log.warning("%d GPUs are there and none is used: num_gpus_per_actor is 0", gpus)
-        if self.plan.spread:
+        if self.plan.gpus_per_actor and gpus > 1 and self.plan.actors > 1:
             self._group = self._reserve_gpus()
         self.workers = [self._start(index) for index in range(self.plan.actors)]
         deadline = time.monotonic() + runtime.node_timeout_s
@@ -128,20 +140,23 @@ class Crew:
                 break
             ray.wait(starting, num_returns=len(starting), timeout=left)
             self.welcome()
-        for worker in [w for w in self.workers if not w.introduction]:
-            log.warning("%s did not start within %g s", worker.name, runtime.node_timeout_s)
+        self.welcome()
+        for worker in [w for w in self.workers if not w.introduction]:  # a second try, too late
             self.retire(worker)
         if not self.workers:
             raise WorkerError(f"no actor started within {runtime.node_timeout_s:g} s")
 
     def _reserve_gpus(self) -> PlacementGroup:
-        """Reserve every GPU whole: Ray would put small shares all on the first."""
-        each = math.ceil(self.plan.actors / self._machine.gpus)
-        bundle = {"GPU": 1.0, "CPU": each * self.plan.cpus_per_actor}
-        group: PlacementGroup = placement_group([bundle] * self._machine.gpus)
+        """Reserve GPUs whole, and deal the actors out: Ray would fill one after the other."""
+        actors, gpus = self.plan.actors, min(self._machine.gpus, self.plan.actors)
+        bundles = [
+            {"GPU": 1.0, "CPU": len(range(first, actors, gpus)) * self.plan.cpus_per_actor}
+            for first in range(gpus)
+        ]
+        group: PlacementGroup = placement_group(bundles)
         if not group.wait(self._settings.runtime.node_timeout_s):
             remove_placement_group(group)
-            raise WorkerError(f"Ray cannot reserve {self._machine.gpus} GPUs: others use them")
+            raise WorkerError(f"Ray cannot reserve {gpus} GPUs with their actors' cores")
         return group
 
     def _start(self, index: int) -> Worker:
@@ -154,18 +169,25 @@ class Crew:
             "scheduling_strategy": "SPREAD" if len(ray.nodes()) > 1 else "DEFAULT",
         }
         if self._group:
-            bundle = index % self._machine.gpus
+            bundle = index % len(self._group.bundle_specs)
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(self._group, bundle)
-        if self.plan.gpus_per_actor and self._profile.memory_pool:
-            pool = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-            options["runtime_env"] = {"env_vars": pool}
+        if self.plan.gpus_per_actor:
+            variables = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # the same bits on every stream
+            if self._profile.memory_pool:
+                variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+            options["runtime_env"] = {"env_vars": variables}
         metrics = self._settings.runtime.dashboard
         actor = remote_trainer().options(**options)
         handle = actor.remote(index, self._client_app, self._run, metrics)
         return Worker(index, handle, starting=handle.introduce.remote())
 
-    def welcome(self) -> None:
+    def welcome(self) -> bool:
         """Take in the actors that have started, and try those that failed to again.
+
+        Returns
+        -------
+        bool
+            Whether one has.
 
         Raises
         ------
@@ -174,7 +196,8 @@ class Crew:
         """
         starting = {w.starting: w for w in self.workers if not w.introduction}
         if not starting:
-            return
+            return False
+        limit, reason = self._settings.runtime.node_timeout_s, ""
         started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
         for ref in started:
             worker = starting[ref]
@@ -186,12 +209,19 @@ class Crew:
                 if self._failed_starts < START_FAILURES:
                     self.replace(worker)
                     continue
-                log.warning("%s cannot be started: %s", worker.name, error)
+                reason = _last_line(error)
+                log.warning("%s cannot be started: %s", worker.name, reason)
                 self.retire(worker)
-                if not self.workers:
-                    raise WorkerError(f"no actor can be started: {_last_line(error)}") from None
+        for worker in [w for w in self.workers if not w.introduction]:
+            if time.monotonic() - worker.started_at > limit:
+                reason = f"none did within {limit:g} s (node_timeout_s)"
+                log.warning("%s did not start within %g s", worker.name, limit)
+                self.retire(worker)
+        if not self.workers:
+            raise WorkerError(f"no actor can be started: {reason}")
         if started:
             self._tell()
+        return bool(started)
 
     def prepare(self) -> None:
         """Open the data in every actor, measure the memory of training, and fit the plan to it.
@@ -204,7 +234,7 @@ class Crew:
             If not even one client fits into the memory allowed.
         """
         text = self._settings.to_json()
-        answers: list[Opened] = _get([w.actor.open.remote(text) for w in self.workers])
+        answers: list[Opened] = self._get([w.actor.open.remote(text) for w in self.workers])
         introductions = [w.introduction for w in self.workers if w.introduction]
         for who, opened in zip(introductions, answers, strict=True):
             if opened.error:
@@ -217,8 +247,8 @@ class Crew:
         if self.plan.gpus_per_actor and not gpu_memory:
             log.warning("Ray gives out GPUs, but torch sees none: clients train on the CPU")
         else:
-            sharing = math.ceil(len(self.workers) / max(1, self._machine.gpus))
-            need: Need = _get([self.workers[0].actor.probe.remote(text, sharing)])[0]
+            sharing = len(range(0, len(self.workers), max(1, self._machine.gpus)))
+            need: Need = self._get([self.workers[0].actor.probe.remote(text, sharing)])[0]
             machine = replace(self._machine, gpu_memory=gpu_memory)
             self.plan = sizing.plan(self._settings, self._profile, machine, need)
             log.info(
@@ -238,7 +268,8 @@ class Crew:
         """Start another actor in place of one that is dead, or that is to die."""
         ray.kill(worker.actor)
         self._generation += 1
-        self.workers[self.workers.index(worker)] = self._start(worker.index)
+        new = self.workers[self.workers.index(worker)] = self._start(worker.index)
+        self._settle([new])
 
     def retire(self, worker: Worker) -> None:
         """Stop an actor for good."""
@@ -260,23 +291,25 @@ class Crew:
             self.retire(worker)
             self.plan = replace(self.plan, actors=len(self.workers))
             setting = f"num_workers = {len(self.workers)}"
-            if self._machine.gpus:
-                each = math.ceil(len(self.workers) / self._machine.gpus)
-                self._gpu_share = self._profile.memory_share / each
+            if self._machine.gpus and self.plan.gpus_per_actor:
+                each = Counter(w.index % self._machine.gpus for w in self.workers)
+                self._gpu_share = self._profile.memory_share / max(each.values())
         else:
             return False
         log.warning(
             "%s ran out of memory: actors now %d, cohort size %d; next time set runtime.%s",
             *(worker.name, len(self.workers), self.plan.cohort_size, setting),
         )
-        self._settle([w for w in self.workers if w.introduction and w is not worker])
+        self.reliefs += 1
+        self._settle(self.workers)
         self._tell()
         return True
 
     def _settle(self, workers: Sequence[Worker]) -> None:
-        """Tell actors what they may take; each does so between two hands."""
+        """Tell actors what they may take, before the hands that they are given from now on."""
+        share = 1.0 if self._gpu_share is None else self._gpu_share
         for worker in workers:
-            worker.actor.settle.remote(self._gpu_share, self.plan.cohort_size)
+            worker.actor.settle.remote(share, self.plan.cohort_size)
 
     def clean(self) -> None:
         """At a round's end: give back memory of the GPU, if the profile says so."""
@@ -292,18 +325,31 @@ class Crew:
 
     def times_opened(self) -> list[int]:
         """Return how often each actor has opened the data."""
-        times: list[int] = _get([w.actor.times_opened.remote() for w in self.workers])
+        times: list[int] = self._get([w.actor.times_opened.remote() for w in self.workers])
         return times
 
     def close(self) -> None:
         """Stop the actors, and Ray if it was started here."""
-        for worker in self.workers:
-            ray.kill(worker.actor)
-        self.workers = []
-        if self._group:
-            remove_placement_group(self._group)
-        if self._own_ray:
-            ray.shutdown()
+        if ray.is_initialized():  # not shut down by another, which would start it anew
+            for worker in self.workers:
+                ray.kill(worker.actor)
+            if self._group:
+                remove_placement_group(self._group)
+            if self._own_ray:
+                ray.shutdown()
+        self.workers, self._group, self._own_ray = [], None, False
+
+    def _get(self, refs: list[Any]) -> Any:
+        limit = self._settings.runtime.progress_timeout_s
+        try:
+            return ray.get(refs, timeout=limit)
+        except GetTimeoutError:
+            log.error("no progress; what the actors are doing:\n%s", self.stacks())
+            raise StalledError(
+                f"the actors did not get ready within {limit:g} s (runtime.progress_timeout_s)"
+            ) from None
+        except RayError as error:
+            raise WorkerError(f"an actor failed at the start: {_last_line(error)}") from None
 
     def _tell(self) -> None:
         self._on_change([worker.name for worker in self.workers])
@@ -354,13 +400,6 @@ def _knock(address: str) -> None:
     except (OSError, OverflowError) as error:
         problem = f"no Ray cluster answers there ({error})"
         raise ConfigError.at("runtime", "ray_address", address, problem) from None
-
-
-def _get(refs: list[Any]) -> Any:
-    try:
-        return ray.get(refs)
-    except RayActorError as error:
-        raise WorkerError(f"an actor died at the start: {_last_line(error)}") from None
 
 
 def _answer_or_reason(ref: Any) -> str:

@@ -70,10 +70,11 @@ class InProcessGrid(LocalGrid):
         self._pending: dict[str, Future[Message]] = {}
         self._told: set[tuple[str, str]] = set()
         self._progress_at = time.monotonic()
+        self._given_up = False  # on threads that hang
 
     def close(self) -> None:
         """Drop the messages that wait, let those under way end, and stop the threads."""
-        self._pool.shutdown(wait=not self._stalled(), cancel_futures=True)
+        self._pool.shutdown(wait=not self._given_up, cancel_futures=True)
 
     @property
     def waiting(self) -> int:
@@ -122,6 +123,7 @@ class InProcessGrid(LocalGrid):
                 left = min(left, deadline - now)
             waiting = wait_for(waiting, timeout=max(0.0, left)).not_done
             if waiting and self._stalled():
+                self._given_up = True
                 log.error("no progress; what the threads are doing:\n%s", _stacks())
                 raise StalledError(
                     f"no client got done for {self._runtime.progress_timeout_s:g} s "
@@ -147,8 +149,9 @@ class InProcessGrid(LocalGrid):
                 reply = answer.result
                 break
             name, reason = name_of(message), answer.result.reason
-            if answer.result.details and (name, reason) not in self._told:
-                self._told.add((name, reason))
+            kind = reason.partition(":")[0]
+            if answer.result.details and (name, kind) not in self._told:
+                self._told.add((name, kind))
                 log.error("%s failed\n%s", name, answer.result.details.rstrip())
             if number < tries:
                 log.warning("%s failed, try %d of %d: %s", name, number, tries, reason)

@@ -43,6 +43,11 @@ class Failure:
     details: str = ""
     out_of_memory: bool = False
 
+    @property
+    def breaks_the_gpu(self) -> bool:
+        """Whether no more work can be done on a GPU in this process."""
+        return "CUDA error" in self.reason and not self.out_of_memory
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -109,8 +114,11 @@ class Node:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    on_the_host = "DefaultCPUAllocator" in str(error)  # a plain RuntimeError of torch's
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or on_the_host
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # Plain RuntimeErrors of torch's: on the host, of the driver, of its libraries.
+    signs = ("DefaultCPUAllocator", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return any(sign in str(error) for sign in signs)
 
 
 def give_id(message: Message) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 from flwr.app import ArrayRecord, Message, RecordDict
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from fedge_sim import records
 from fedge_sim.config import Settings
@@ -68,6 +68,7 @@ class _Hand:
 
     worker: Worker
     tasks: list[_Task]
+    reliefs: int  # that memory had had when it was dealt
 
 
 class RayGrid(LocalGrid):
@@ -107,7 +108,7 @@ class RayGrid(LocalGrid):
         self._running: dict[Any, _Hand] = {}  # by the call's ObjectRef
         self._replies: dict[str, Message] = {}  # that nobody has pulled yet
         self._open: set[str] = set()  # ids without a reply
-        self._told: set[tuple[str, str]] = set()  # client and reason of the tracebacks shown
+        self._told: set[tuple[str, str]] = set()  # client and kind of the tracebacks shown
         self._watched_at = self._progress_at = time.monotonic()
         self.crew = Crew(client_app, settings, self.run, on_workers)
 
@@ -214,8 +215,10 @@ class RayGrid(LocalGrid):
         return None not in seconds and sum(s or 0.0 for s in seconds) <= 2 * HAND_SECONDS
 
     def _hand_out(self, worker: Worker, num_workers: int) -> None:
-        dealt = self._schedule.deal(num_workers, self.crew.plan.cohort_size)
-        tasks = [task for task in dealt if task.id in self._open]  # the others were dropped
+        tasks: list[_Task] = []
+        while not tasks and self._schedule:
+            dealt = self._schedule.deal(num_workers, self.crew.plan.cohort_size)
+            tasks = [task for task in dealt if task.id in self._open]  # the others were dropped
         if not tasks:
             return
         refs = list(dict.fromkeys(ref for task in tasks for ref in task.models.values()))
@@ -225,7 +228,7 @@ class RayGrid(LocalGrid):
         if not worker.calls:
             worker.busy_since = time.monotonic()
         worker.calls.append(call)
-        self._running[call] = _Hand(worker, tasks)
+        self._running[call] = _Hand(worker, tasks, self.crew.reliefs)
 
     # ------------------------------------------------------------------ and back
 
@@ -273,8 +276,13 @@ class RayGrid(LocalGrid):
                 hungry.append(task)
             else:
                 self._failed(task, answer.result, hand.worker.name, answer)
-        if hungry:
-            self._out_of_memory(hand.worker, hungry)
+        if hungry and self._relieve(hand):
+            for task in hungry:
+                self._queue(task)
+        else:
+            for task in hungry:
+                reason = "out of memory, alone on the only actor: use a smaller batch_size"
+                self._failed(task, Failure(reason), hand.worker.name)
 
     def _take_back(self, call: Any) -> None:
         worker = self._running.pop(call).worker
@@ -299,8 +307,9 @@ class RayGrid(LocalGrid):
         task.failures += 1
         task.alone = True  # so that it takes no other with it
         name, tries = name_of(task.message), self._runtime.max_retries + 1
-        if failure.details and (name, failure.reason) not in self._told:
-            self._told.add((name, failure.reason))
+        kind = failure.reason.partition(":")[0]
+        if failure.details and (name, kind) not in self._told:
+            self._told.add((name, kind))
             log.error("%s failed on %s\n%s", name, worker, failure.details.rstrip())
         if task.failures < tries:
             log.warning("%s failed, try %d of %d: %s", name, task.failures, tries, failure.reason)
@@ -310,57 +319,64 @@ class RayGrid(LocalGrid):
             self._finish(task, reply, worker, answer)
 
     def _blame(self, tasks: Sequence[_Task], failure: Failure, worker: str = "its actor") -> None:
-        """Count a failure of a whole hand: against its task if it was alone, else against none."""
+        """Count a failure of a whole hand against the task that was to be alone, else against none.
+
+        An actor may die of another's fault, or while it has nothing to do.
+        """
         for task in tasks:
-            if len(tasks) == 1:
+            if task.alone:
                 self._failed(task, failure, worker)
             else:
                 task.alone = True
+                log.warning("%s is run again, alone: %s", name_of(task.message), failure.reason)
                 self._queue(task)
 
     def _lost(self, worker: Worker, error: Exception) -> None:
         """Replace an actor that died; what it was given is run again."""
-        lost: list[list[_Task]] = []
+        saved: list[tuple[_Hand, list[Answer]]] = []  # done just before
+        lost: list[_Hand] = []
         for call in list(worker.calls):
             hand = self._running[call]
             self._take_back(call)
             try:
-                answers = ray.get(call, timeout=CONTROL_SECONDS)
+                saved.append((hand, ray.get(call, timeout=CONTROL_SECONDS)))
             except RayError:
-                lost.append(hand.tasks)
-            else:  # it was done just before
-                self._take_in(hand, answers)
-        if isinstance(error, OutOfMemoryError):  # Ray killed it, for the sake of the host
-            self._out_of_memory(worker, [task for tasks in lost for task in tasks])
-            if worker in self.crew.workers:
-                self.crew.replace(worker)
-            return
-        log.warning("%s died; it is replaced, and its clients are run again", worker.name)
-        self.crew.replace(worker)
-        for tasks in lost[:1]:
-            self._blame(tasks, Failure("its actor died"), worker.name)
-        for task in (task for tasks in lost[1:] for task in tasks):
-            self._queue(task)
-
-    def _out_of_memory(self, worker: Worker, tasks: Sequence[_Task]) -> None:
-        """Run tasks again with more memory for each; where there is no more, they failed."""
-        relieved = self.crew.relieve(worker)
-        if worker not in self.crew.workers:  # it was one too many
-            for call in worker.calls:
-                for task in self._running.pop(call).tasks:
-                    self._queue(task)
-        for task in tasks:
-            if relieved:
+                lost.append(hand)
+        first = lost[0].tasks if lost else []  # what it was working on
+        # Ray kills an actor for the sake of the host's memory.
+        if isinstance(error, OutOfMemoryError) and lost and self._relieve(lost[0]):
+            for task in first:
                 self._queue(task)
-            else:
-                task.failures = self._runtime.max_retries
-                reason = "out of memory, alone on the only actor: use a smaller batch_size"
-                self._failed(task, Failure(reason), worker.name)
+        else:
+            self._blame(first, Failure("its actor died"), worker.name)
+        for task in (task for hand in lost[1:] for task in hand.tasks):
+            self._queue(task)
+        if worker in self.crew.workers:
+            log.warning("%s died; it is replaced, and its clients are run again", worker.name)
+            self.crew.replace(worker)
+        for hand, answers in saved:
+            self._take_in(hand, answers)
+
+    def _relieve(self, hand: _Hand) -> bool:
+        """After a hand ran out of memory: whether there will be more if it is run again."""
+        if hand.reliefs < self.crew.reliefs:
+            return True  # another ran out at the same time
+        worker = hand.worker
+        if not self.crew.relieve(worker):
+            return False
+        if worker not in self.crew.workers:  # it was one too many
+            for call in list(worker.calls):
+                tasks = self._running[call].tasks
+                self._take_back(call)
+                for task in tasks:
+                    self._queue(task)
+        return True
 
     def _watch(self) -> None:
         """Take in new actors; stop clients past their time, and a run that does not go on."""
         self._watched_at = now = time.monotonic()
-        self.crew.welcome()
+        if self.crew.welcome():
+            self._progress_at = now
         if limit := self._runtime.client_timeout_s:
             for worker in list(self.crew.workers):
                 if worker.calls and now - worker.busy_since > limit:
@@ -378,7 +394,7 @@ class RayGrid(LocalGrid):
         try:
             at_work = ray.get(worker.actor.at_work.remote(), timeout=CONTROL_SECONDS)
             late = [task for task in hand if at_work.get(task.id, 0.0) > limit]
-        except (GetTimeoutError, RayActorError):  # it holds the interpreter, or is dead
+        except RayError:  # it holds the interpreter, or is dead
             at_work, late = {}, hand
         if not late:
             longest = max(at_work.values(), default=0.0)

@@ -74,9 +74,6 @@ class Plan:
         Clients that an actor trains side by side.
     memory_cap : int
         Bytes that an actor may use: of its GPU where it has one, else of the host.
-    spread : bool
-        Whether actors could all be packed on some of the GPUs while others idle, unless whole
-        GPUs are reserved and the actors dealt out to them.
     """
 
     actors: int
@@ -85,7 +82,6 @@ class Plan:
     gpus_per_actor: float
     cohort_size: int
     memory_cap: int
-    spread: bool = False
 
     def describe(self, num_clients: int) -> str:
         """Return one line on the plan and the waves in which it trains all clients."""
@@ -186,7 +182,6 @@ def _plan_on_gpus(
             gpus_per_actor=fraction,
             cohort_size=cohort,
             memory_cap=cap,
-            spread=machine.gpus > 1 and 1 < actors < slots,
         )
     raise _no_room(runtime, profile, need, fixed or 1, cap)
 

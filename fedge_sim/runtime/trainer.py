@@ -31,11 +31,11 @@ from fedge_sim import client_app as our_client_app
 from fedge_sim.config import settings_from_json
 from fedge_sim.data import federated_data
 from fedge_sim.errors import FedgeError
-from fedge_sim.runtime.node import Answer, Node, identify
+from fedge_sim.runtime.node import Answer, Failure, Node, identify
 from fedge_sim.runtime.sizing import Need
 
 CONTROL = "control"  # the concurrency group
-KEPT_MODELS = 8  # of the newest rounds and leaf servers
+KEPT_BYTES = 256 * 2**20  # of models of the newest rounds and leaf servers
 METRICS_SECONDS = 2.0  # between two reports of memory
 
 ModelRef: TypeAlias = "ray.ObjectRef[ArrayRecord]"
@@ -105,10 +105,13 @@ class Trainer:
         app: ClientApp = getattr(importlib.import_module(module), attribute)
         self._node = Node(app, run.run_id)
         self._models: OrderedDict[ModelRef, ArrayRecord] = OrderedDict()
+        self._kept = 0
         self._at_work: dict[str, float] = {}  # message id -> start
-        self._pool = ThreadPoolExecutor(1)
+        self._on_gpu = bool(gpus) and torch.cuda.is_available()
+        self._pool = ThreadPoolExecutor(1, initializer=self._take_stream)
         self._side_by_side = 1
-        self._on_gpu = torch.cuda.is_available()
+        if self._on_gpu:  # the same bits again
+            torch.backends.cudnn.deterministic = True
         if metrics:
             threading.Thread(target=self._report_memory, daemon=True).start()
 
@@ -152,12 +155,16 @@ class Trainer:
         sharing : int
             Actors on this GPU, this one included.
         """
-        our_client_app.probe(settings_from_json(settings))  # what is there once: libraries, data
+
+        def train() -> None:  # on a thread that trains clients, with what that needs
+            self._pool.submit(our_client_app.probe, settings_from_json(settings)).result()
+
+        train()  # what is there once: libraries, data
         self.clean()
         base = self._own_memory(sharing)
         self._reset_peak()
         before = self._memory()
-        our_client_app.probe(settings_from_json(settings))
+        train()
         return Need(base=base, per_client=max(1, self._peak() - before))
 
     def settle(self, memory_share: float, cohort_size: int) -> None:
@@ -198,6 +205,11 @@ class Trainer:
         )
 
     @ray.method(concurrency_group=CONTROL)
+    def cohort_size(self) -> int:
+        """Return how many clients are trained side by side."""
+        return self._side_by_side
+
+    @ray.method(concurrency_group=CONTROL)
     def times_opened(self) -> int:
         """Return how often this process has opened a dataset."""
         return federated_data.times_opened
@@ -210,16 +222,21 @@ class Trainer:
         message_id = job.message.metadata.message_id
         self._at_work[message_id] = time.monotonic()
         try:
-            return self._node.answer(job.message)
+            answer = self._node.answer(job.message)
         finally:
             del self._at_work[message_id]
+        if isinstance(failure := answer.result, Failure) and failure.breaks_the_gpu:
+            print(failure.details, file=sys.stderr, flush=True)
+            os._exit(1)  # nothing works in this process any more; it is replaced
+        return answer
 
     def _model(self, ref: ModelRef) -> ArrayRecord:
         if ref not in self._models:
             self._models[ref] = ray.get(ref)
+            self._kept += self._models[ref].count_bytes()
         self._models.move_to_end(ref)
-        while len(self._models) > KEPT_MODELS:
-            self._models.popitem(last=False)
+        while self._kept > KEPT_BYTES and len(self._models) > 1:
+            self._kept -= self._models.popitem(last=False)[1].count_bytes()
         return self._models[ref]
 
     def _memory(self) -> int:
