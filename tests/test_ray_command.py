@@ -134,5 +134,11 @@ def test_the_dashboard_and_its_metrics(command):
 
 
 def read(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as answer:
-        return answer.read().decode()
+    """Read a page; the dashboard shares its cores with the run, and may take its time."""
+    for _ in range(10):
+        try:
+            with urllib.request.urlopen(url, timeout=20) as answer:
+                return answer.read().decode()
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"{url} does not answer")
