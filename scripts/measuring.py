@@ -26,7 +26,7 @@ import psutil
 from fedge_sim.runtime.in_process import available_cores
 
 PLAIN_FLOWER = Path(__file__).resolve().parent / "plain_flower"
-STAMPS = "stamps.jsonl"
+STAMPS, BEGUN = "stamps.jsonl", "begun"
 MARKER = "FEDGE_BENCH"  # in the environment of every process of a side: the side's folder
 SAMPLE_SECONDS = 0.2
 SAMPLING_SHARE = 0.05  # of one core, at most: reading PSS takes milliseconds a process
@@ -43,6 +43,8 @@ class Measurement:
     ----------
     launched : float
         When its first process was started.
+    begun : float
+        When its run began: after the imports, where the side says so.
     stamps : list of float
         When its first round started, and when each round ended.
     memory : list of tuple of float and int
@@ -52,6 +54,7 @@ class Measurement:
     """
 
     launched: float
+    begun: float
     stamps: list[float]
     memory: list[tuple[float, int]]
     other_cores: float
@@ -60,6 +63,11 @@ class Measurement:
     def start(self) -> float:
         """Seconds from the launch to the first round: imports, data, actors."""
         return self.stamps[0] - self.launched
+
+    @property
+    def start_of_run(self) -> float:
+        """Seconds from the run's beginning to the first round."""
+        return self.stamps[0] - self.begun
 
     @property
     def seconds(self) -> list[float]:
@@ -94,6 +102,11 @@ def stamp(folder: Path) -> None:
     """Note the time; a side does so when its first round starts and when each has ended."""
     with (folder / STAMPS).open("a") as file:
         file.write(json.dumps({"time": time.time()}) + "\n")
+
+
+def begin(folder: Path) -> None:
+    """Note that a side's run begins: its program is loaded."""
+    (folder / BEGUN).write_text(str(time.time()))
 
 
 def measure_script(script: str, arguments: list[str], folder: Path) -> Measurement:
@@ -162,7 +175,8 @@ def measure(
     finally:
         stop(folder)
     stamps = [json.loads(line)["time"] for line in (folder / STAMPS).read_text().splitlines()]
-    return Measurement(launched, stamps, memory, max(0.0, others))
+    begun = float((folder / BEGUN).read_text()) if (folder / BEGUN).exists() else launched
+    return Measurement(launched, begun, stamps, memory, max(0.0, others))
 
 
 def side_processes(folder: Path) -> list[psutil.Process]:

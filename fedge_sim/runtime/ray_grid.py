@@ -5,6 +5,7 @@ to a call where clients are short. A client's result depends on nothing but its 
 was lost with an actor is run again, with the same bytes.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -111,6 +112,7 @@ class RayGrid(LocalGrid):
         self._told: set[tuple[str, str]] = set()  # client and kind of the tracebacks shown
         self._watched_at = self._progress_at = time.monotonic()
         self.crew = Crew(client_app, settings, self.run, on_workers)
+        gc.freeze()  # what is imported stays: no pass of the collector need look at it
 
     def prepare(self) -> None:
         """Open the data in every actor, and fit number and size of the actors to the memory.

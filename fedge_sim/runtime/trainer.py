@@ -35,7 +35,7 @@ from fedge_sim.runtime.node import Answer, Failure, Node, identify
 from fedge_sim.runtime.sizing import Need
 
 CONTROL = "control"  # the concurrency group
-KEPT_BYTES = 256 * 2**20  # of models of the newest rounds and leaf servers
+KEPT_MODELS, KEPT_BYTES = 8, 256 * 2**20  # at most, of the newest rounds and leaf servers
 METRICS_SECONDS = 2.0  # between two reports of memory
 
 ModelRef: TypeAlias = "ray.ObjectRef[ArrayRecord]"
@@ -112,6 +112,7 @@ class Trainer:
         self._side_by_side = 1
         if self._on_gpu:  # the same bits again
             torch.backends.cudnn.deterministic = True
+        gc.freeze()  # what is imported stays: no pass of the collector need look at it
         if metrics:
             threading.Thread(target=self._report_memory, daemon=True).start()
 
@@ -235,7 +236,9 @@ class Trainer:
             self._models[ref] = ray.get(ref)
             self._kept += self._models[ref].count_bytes()
         self._models.move_to_end(ref)
-        while self._kept > KEPT_BYTES and len(self._models) > 1:
+        while len(self._models) > 1 and (
+            len(self._models) > KEPT_MODELS or self._kept > KEPT_BYTES
+        ):
             self._kept -= self._models.popitem(last=False)[1].count_bytes()
         return self._models[ref]
 
