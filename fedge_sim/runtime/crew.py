@@ -104,7 +104,7 @@ class Crew:
         self._failed_starts = 0
         self._generation = 0
         self._group: PlacementGroup | None = None
-        self._gpu_share: float | None = None  # of its GPU, that an actor may take; once known
+        self._gpu_share = 1.0  # of its GPU's memory, that an actor may take
         self.reliefs = 0
         self.workers: list[Worker] = []
         self._own_ray = not ray.is_initialized()
@@ -255,9 +255,11 @@ class Crew:
                 "memory: %.0f MiB an actor, and %.0f MiB for each client that it trains",
                 *(need.base / MIB, need.per_client / MIB),
             )
-        self._gpu_share = min(1.0, self.plan.memory_cap / gpu_memory) if gpu_memory else 1.0
+        if gpu_memory:
+            self._gpu_share = min(1.0, self.plan.memory_cap / gpu_memory)
         for worker in self.workers[self.plan.actors :]:
             self.retire(worker)
+        self.plan = replace(self.plan, actors=len(self.workers))  # some may not have started
         self._settle(self.workers)
         log.info(self.plan.describe(self._settings.hierarchy.num_clients))
         for who in introductions[: len(self.workers)]:
@@ -307,9 +309,8 @@ class Crew:
 
     def _settle(self, workers: Sequence[Worker]) -> None:
         """Tell actors what they may take, before the hands that they are given from now on."""
-        share = 1.0 if self._gpu_share is None else self._gpu_share
         for worker in workers:
-            worker.actor.settle.remote(share, self.plan.cohort_size)
+            worker.actor.settle.remote(self._gpu_share, self.plan.cohort_size)
 
     def clean(self) -> None:
         """At a round's end: give back memory of the GPU, if the profile says so."""

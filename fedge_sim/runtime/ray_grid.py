@@ -259,7 +259,8 @@ class RayGrid(LocalGrid):
             return
         except RayError as error:  # for example a reply that cannot be sent
             self._take_back(call)
-            self._blame(hand.tasks, Failure(str(error).strip().splitlines()[-1], str(error)))
+            failure = Failure(str(error).strip().splitlines()[-1], str(error))
+            self._blame(hand.tasks, failure, hand.worker.name)
             return
         self._take_back(call)
         self._take_in(hand, answers)
@@ -320,7 +321,7 @@ class RayGrid(LocalGrid):
             reply = error_reply(task.message, failure.reason)
             self._finish(task, reply, worker, answer)
 
-    def _blame(self, tasks: Sequence[_Task], failure: Failure, worker: str = "its actor") -> None:
+    def _blame(self, tasks: Sequence[_Task], failure: Failure, worker: str) -> None:
         """Count a failure of a whole hand against the task that was to be alone, else against none.
 
         An actor may die of another's fault, or while it has nothing to do.
@@ -344,6 +345,8 @@ class RayGrid(LocalGrid):
                 saved.append((hand, ray.get(call, timeout=CONTROL_SECONDS)))
             except RayError:
                 lost.append(hand)
+        for hand, answers in saved:
+            self._take_in(hand, answers)
         first = lost[0].tasks if lost else []  # what it was working on
         # Ray kills an actor for the sake of the host's memory.
         if isinstance(error, OutOfMemoryError) and lost and self._relieve(lost[0]):
@@ -356,8 +359,6 @@ class RayGrid(LocalGrid):
         if worker in self.crew.workers:
             log.warning("%s died; it is replaced, and its clients are run again", worker.name)
             self.crew.replace(worker)
-        for hand, answers in saved:
-            self._take_in(hand, answers)
 
     def _relieve(self, hand: _Hand) -> bool:
         """After a hand ran out of memory: whether there will be more if it is run again."""
