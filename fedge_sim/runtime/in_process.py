@@ -6,10 +6,8 @@ each use as many cores.
 
 import logging
 import os
-import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -18,7 +16,6 @@ from flwr.app import Message, UserConfig
 from flwr.clientapp import ClientApp
 
 from fedge_sim.config import Runtime
-from fedge_sim.errors import StalledError
 from fedge_sim.runtime.node import (
     Done,
     LocalGrid,
@@ -27,6 +24,8 @@ from fedge_sim.runtime.node import (
     error_reply,
     give_id,
     name_of,
+    stacks,
+    stalled,
     tell_nobody,
 )
 
@@ -124,11 +123,8 @@ class InProcessGrid(LocalGrid):
             waiting = wait_for(waiting, timeout=max(0.0, left)).not_done
             if waiting and self._stalled():
                 self._given_up = True
-                log.error("no progress; what the threads are doing:\n%s", _stacks())
-                raise StalledError(
-                    f"no client got done for {self._runtime.progress_timeout_s:g} s "
-                    f"(runtime.progress_timeout_s), {len(waiting)} wait"
-                )
+                limit = self._runtime.progress_timeout_s
+                raise stalled(limit, len(waiting), "threads", stacks())
         replies = self.pull_messages(ids)
         for message_id in ids:
             if late := self._pending.pop(message_id, None):
@@ -160,11 +156,3 @@ class InProcessGrid(LocalGrid):
         worker = threading.current_thread().name.replace("_", "-")
         self._on_done(Done(reply, worker, answer.started, answer.ended))
         return reply
-
-
-def _stacks() -> str:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
-    return "\n".join(
-        f"--- {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
-        for ident, frame in sys._current_frames().items()
-    )

@@ -4,6 +4,9 @@ Both grids have one node, which serves every client; how many threads or actors 
 it is nobody else's business.
 """
 
+import logging
+import sys
+import threading
 import time
 import traceback
 import uuid
@@ -20,8 +23,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedge_sim.errors import FedgeError
+from fedge_sim.errors import FedgeError, StalledError
 from fedge_sim.records import Address
+
+log = logging.getLogger(__name__)
 
 NODE_ID = 2  # the only node; 1 is the server's own
 
@@ -146,6 +151,23 @@ def identify(run: Run) -> None:
     TaskIdentity.run_id = run.run_id
     TaskIdentity.task_id = run.primary_task_id or 1
     TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
+def stacks() -> str:
+    """Return what every thread of this process is doing."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    return "\n".join(
+        f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
+        for ident, frame in sys._current_frames().items()
+    )
+
+
+def stalled(limit_s: float, waiting: int, who: str, dump: str) -> StalledError:
+    """Log what ``who`` is doing, and return the error that ends a run in which nobody gets done."""
+    log.error("no progress; what the %s are doing:\n%s", who, dump)
+    return StalledError(
+        f"no client got done for {limit_s:g} s (runtime.progress_timeout_s), {waiting} wait"
+    )
 
 
 class LocalGrid(Grid):

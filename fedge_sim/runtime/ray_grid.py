@@ -18,7 +18,6 @@ from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from fedge_sim import records
 from fedge_sim.config import Settings
-from fedge_sim.errors import StalledError
 from fedge_sim.runtime.crew import CONTROL_SECONDS, Crew, Worker
 from fedge_sim.runtime.node import (
     Answer,
@@ -29,6 +28,7 @@ from fedge_sim.runtime.node import (
     error_reply,
     give_id,
     name_of,
+    stalled,
     tell_nobody,
 )
 from fedge_sim.runtime.schedule import HAND_SECONDS, Estimates, Schedule
@@ -380,16 +380,13 @@ class RayGrid(LocalGrid):
         self._watched_at = now = time.monotonic()
         if self.crew.welcome():
             self._progress_at = now
-        if limit := self._runtime.client_timeout_s:
+        if client_limit := self._runtime.client_timeout_s:
             for worker in list(self.crew.workers):
-                if worker.calls and now - worker.busy_since > limit:
-                    self._overdue(worker, limit)
+                if worker.calls and now - worker.busy_since > client_limit:
+                    self._overdue(worker, client_limit)
         if self._open and now - self._progress_at > self._runtime.progress_timeout_s:
-            log.error("no progress; what the actors are doing:\n%s", self.crew.stacks())
-            raise StalledError(
-                f"no client got done for {self._runtime.progress_timeout_s:g} s "
-                f"(runtime.progress_timeout_s), {len(self._open)} wait"
-            )
+            limit, dump = self._runtime.progress_timeout_s, self.crew.stacks()
+            raise stalled(limit, len(self._open), "actors", dump)
 
     def _overdue(self, worker: Worker, limit: float) -> None:
         """Stop an actor if a client of its first hand is past the limit; else wait on."""

@@ -11,7 +11,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from fedge_sim import client_app as our_client_app
 from fedge_sim.config import settings_from_json
 from fedge_sim.data import federated_data
 from fedge_sim.errors import FedgeError
+from fedge_sim.runtime import node
 from fedge_sim.runtime.node import Answer, Failure, Node, identify
 from fedge_sim.runtime.sizing import Need
 
@@ -199,11 +199,7 @@ class Trainer:
     @ray.method(concurrency_group=CONTROL)
     def stacks(self) -> str:
         """Return what each thread is doing."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
-        return "\n".join(
-            f"thread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}"
-            for ident, frame in sys._current_frames().items()
-        )
+        return node.stacks()
 
     @ray.method(concurrency_group=CONTROL)
     def cohort_size(self) -> int:
