@@ -55,13 +55,14 @@ class Flower:
     def run(self, overrides: str, output: Path, nodes: int | None) -> tuple[str, str]:
         """Return the status of a run and what it printed."""
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
-        log = self(
+        self(
             *("run", ".", "--stream"),
             *(("--federation-config", federation) if nodes else ()),
             *("-c", f'output-dir="{output}" overrides="{overrides}"'),
         )
         newest = json.loads(self("list", "--format", "json"))["runs"][0]
-        return newest["status"], log
+        # What is streamed may end before the log does.
+        return newest["status"], self("log", str(newest["run-id"]), "--show")
 
     def stop(self) -> None:
         """End every process that has this home, and their children."""
