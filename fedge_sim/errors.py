@@ -55,6 +55,12 @@ class StalledError(FedgeError):
     exit_code = 3
 
 
+class TimelineError(FedgeError):
+    """A run's timeline cannot be found, read, or drawn."""
+
+    exit_code = 2
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ``"did you mean 'x'?"`` for the closest known word, else the list of all."""
     known = sorted(known)

@@ -17,12 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.colors import to_rgb
 
+from fedge_sim.errors import TimelineError
 from fedge_sim.monitor import (
-    COLOURS,
-    TimelineError,
     Told,
     busy_seconds,
-    draw,
     find_run,
     main,
     most_workers,
@@ -30,10 +28,10 @@ from fedge_sim.monitor import (
     phases,
     read_timeline,
     read_workers,
-    sub_lanes,
     total,
 )
 from fedge_sim.reporting.base import ClientDone, RunInfo
+from fedge_sim.reporting.picture import COLOURS, draw, sub_lanes
 from fedge_sim.reporting.tables import TableWriter
 from fedge_sim.reporting.timeline import COLUMNS, TIMELINE, WORKERS, TimelineWriter
 from tests.conftest import ROOT, clean_environment, run
