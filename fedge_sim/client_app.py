@@ -59,9 +59,7 @@ def describe_data(message: Message, context: Context) -> Message:
     """
     asked = records.config_of(message)
     try:
-        settings = _settings(asked, context)
-        data = federated_data(settings)
-        build_model(settings.data.model, data.example_shape, len(data.classes))
+        data = open_data(_settings(asked, context))
     except FedgeError as error:
         return records.reply(message, config=ConfigRecord({records.ERROR: str(error)}))
     clients = asked[records.CLIENT_IDS]
@@ -125,6 +123,19 @@ def evaluate(message: Message, context: Context) -> Message:
         result = local.evaluate(model, examples, rows, settings.hierarchy.eval_batch_size)
         records.put_evaluation(metrics, split, result)
     return records.reply(message, metrics=metrics)
+
+
+def open_data(settings: Settings) -> FederatedData:
+    """Return the data of a run, which its model suits.
+
+    Raises
+    ------
+    ConfigError, DataError
+        What a user can mend.
+    """
+    data = federated_data(settings)
+    build_model(settings.data.model, data.example_shape, len(data.classes))
+    return data
 
 
 def _settings(config: dict[str, Any], context: Context) -> Settings:

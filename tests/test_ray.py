@@ -10,7 +10,7 @@ import ray
 from flwr.app import ConfigRecord
 
 from fedge_sim import records
-from fedge_sim.errors import ConfigError, WorkerError
+from fedge_sim.errors import ConfigError, DataError, WorkerError
 from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.runtime.node import NODE_ID
 from fedge_sim.runtime.ray_grid import RayGrid
@@ -149,6 +149,11 @@ def test_memory_decides_the_number_of_actors(small):
     with ray_grid(small(f"runtime.memory_share={share}")) as grid:
         assert 1 <= len(grid.crew.workers) < 4
         assert grid.crew.plan.actors == len(grid.crew.workers)
+
+
+def test_a_model_that_does_not_suit_the_data(small):
+    with pytest.raises(DataError, match=r'\[app.config\] model = "cnn2d"'):
+        run_on_ray(small("app.config.model=cnn2d"))
 
 
 def test_an_app_that_cannot_be_imported(small):

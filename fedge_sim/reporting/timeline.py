@@ -16,7 +16,7 @@ COLUMNS = ("round", "purpose", "leaf", "client", "worker", "start_s", "end_s")
 class TimelineWriter(Callback):
     """Writes ``timeline.csv`` and ``workers.json`` into the results folder.
 
-    A row of the first is one try of one client, in seconds since the run's start, and belongs
+    A row of the first is one client's last try, in seconds since the run's start, and belongs
     to the global round at whose end it was known. The second lists, in order, the names of all
     workers and from when on they were those, so that one without work counts as idle. Both are
     written at the end of a round: a kill keeps the finished ones.

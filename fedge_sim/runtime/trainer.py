@@ -141,7 +141,7 @@ class Trainer:
             As JSON.
         """
         try:
-            data = federated_data(settings_from_json(settings))
+            data = our_client_app.open_data(settings_from_json(settings))
         except FedgeError as error:
             return Opened(error=str(error))
         return Opened(content=data.dataset.content)
