@@ -14,6 +14,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -257,8 +258,9 @@ class Trainer:
     def _reset_peak(self) -> None:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        elif (file := Path("/proc/self/clear_refs")).exists():
-            file.write_text("5")  # the peak of the resident set starts anew
+        else:
+            with suppress(OSError):  # not Linux, or not allowed: then the peak is an older one
+                Path("/proc/self/clear_refs").write_text("5")  # the resident set's starts anew
 
     def _peak(self) -> int:
         if self._on_gpu:
