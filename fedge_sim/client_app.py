@@ -7,10 +7,11 @@ where its data lies.
 """
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord
+from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord
 from flwr.clientapp import ClientApp
 from torch import nn
 
@@ -23,6 +24,8 @@ from fedge_sim.models import build_model
 from fedge_sim.randomness import stream
 from fedge_sim.runtime import gpu
 from fedge_sim.training import local
+from fedge_sim.training.base import ClientTask, TrainSettings, load_arrays, model_arrays
+from fedge_sim.training.choice import Choice
 from fedge_sim.training.device import device, device_of
 
 app = ClientApp()
@@ -82,14 +85,15 @@ def train(message: Message, context: Context) -> Message:
     settings, data, model = _prepare(message, context)
     h, client = settings.hierarchy, config[records.CLIENT_ID]
     batch_size, accumulation = gpu.batch_of(settings)
-    result = local.train(
-        model,
-        _examples(settings, data, client, model),
-        data.clients[client].train,
-        local.TrainSettings(
+    task = ClientTask(
+        start=records.to_arrays(records.arrays_of(message)),
+        examples=_examples(settings, data, client, model),
+        rows=data.clients[client].train,
+        settings=TrainSettings(
             lr=config[records.LR],
             local_epochs=h.local_epochs,
             batch_size=batch_size,
+            local_steps=h.local_steps,
             accumulation=accumulation,
             momentum=h.momentum,
             weight_decay=h.weight_decay,
@@ -97,8 +101,9 @@ def train(message: Message, context: Context) -> Message:
             label_smoothing=h.label_smoothing,
             prox_mu=h.prox_mu,
         ),
-        stream(settings.seed, "batches", config[records.ROUND], client),
+        order=stream(settings.seed, "batches", config[records.ROUND], client),
     )
+    [result] = local.Reference(model).train([task])
     metrics = MetricRecord(
         {
             records.NUM_EXAMPLES: len(data.clients[client].train),
@@ -106,8 +111,17 @@ def train(message: Message, context: Context) -> Message:
             records.SECONDS: result.seconds,
         }
     )
-    arrays = records.to_record(records.model_arrays(model))
-    return records.reply(message, arrays=arrays, metrics=metrics)
+    return records.reply(message, arrays=records.to_record(result.arrays), metrics=metrics)
+
+
+def answer_together(messages: Sequence[Message], context: Context) -> list[Message]:
+    """Answer messages of several clients in one vectorised step; the replies are in their order.
+
+    They are all of one type, train or evaluate, and have the same settings; those to evaluate
+    also carry the same model and ask for the same splits.
+    """
+    answer = {MessageType.TRAIN: train, MessageType.EVALUATE: evaluate}
+    return [answer[message.metadata.message_type](message, context) for message in messages]
 
 
 @app.evaluate()
@@ -154,7 +168,7 @@ def _prepare(message: Message, context: Context) -> tuple[Settings, FederatedDat
     torch.set_num_threads(settings.runtime.threads_per_client)
     data = federated_data(settings)
     model = _network(settings, data)
-    records.load_arrays(model, records.to_arrays(records.arrays_of(message)))
+    load_arrays(model, records.to_arrays(records.arrays_of(message)))
     return settings, data, model
 
 
@@ -192,15 +206,21 @@ def _profile(settings: Settings) -> gpu.Profile:
     return gpu.resolve(settings.runtime, torch.cuda.device_count())
 
 
-def probe(settings: Settings) -> None:
-    """Train and evaluate the client with most examples on a few batches, to see what it takes."""
+def choose(settings: Settings) -> Choice:
+    """Return the fastest way to train on this process's device, measured on the run's data."""
+    return Choice("reference", compile=False, cohort_size=1, reason="")
+
+
+def probe(settings: Settings, cohort_size: int = 1) -> None:
+    """Train and evaluate the clients with most examples on a few batches, to see what it takes."""
     torch.set_num_threads(settings.runtime.threads_per_client)
     data, h = federated_data(settings), settings.hierarchy
     client = max(range(len(data.clients)), key=lambda c: len(data.clients[c].train))
     rows = data.clients[client].train
     model, (batch_size, _) = _network(settings, data), gpu.batch_of(settings)
-    short = local.TrainSettings(lr=1e-3, local_epochs=1, batch_size=batch_size)
+    short = TrainSettings(lr=1e-3, local_epochs=1, batch_size=batch_size)
     examples = _examples(settings, data, client, model)
-    local.train(model, examples, rows[: 2 * batch_size], short, stream(0, "probe"))
+    own = ClientTask({}, examples, rows[: 2 * batch_size], short, stream(0, "probe"))
+    local.train(model, own)
     local.evaluate(model, examples, rows[: h.eval_batch_size], h.eval_batch_size)
-    records.to_record(records.model_arrays(model))
+    records.to_record(model_arrays(model))

@@ -71,6 +71,7 @@ ProfileShare = Annotated[
     Literal["profile"] | Annotated[float, Field(gt=0, le=1)],
     Field(description='"profile" or a number above 0, up to 1'),
 ]
+AutoSwitch = Annotated[Literal["auto"] | bool, Field(description='"auto", true or false')]
 ProfileSwitch = Annotated[Literal["profile"] | bool, Field(description='"profile", true or false')]
 
 
@@ -130,6 +131,7 @@ class Hierarchy(_Table):
     server_lr: Positive = 1.0
     global_lr: Positive = 1.0
     local_epochs: Count = 5
+    local_steps: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     batch_size: ProfileBatch = 32
     accumulation: ProfileCount = 1
     eval_batch_size: Count = 64
@@ -207,7 +209,10 @@ class Runtime(_Table):
     threads_per_client: Annotated[int, Field(ge=1, le=1024)] = 1
     num_cpus_per_actor: AutoCpus = "auto"
     num_gpus_per_actor: AutoGpus = "auto"
+    training: Literal["auto", "reference", "single", "cohort"] = "auto"
+    compile: AutoSwitch = "auto"
     cohort_size: AutoCount = "auto"
+    precision: Literal["float32", "tf32", "bf16"] = "tf32"
     gpu_profile: Literal["conservative", "high", "aggressive"] = "conservative"
     memory_share: ProfileShare = "profile"
     memory_cleanup: Literal["profile", "round", "end", "never"] = "profile"
@@ -288,6 +293,10 @@ class Settings(_Table):
         """Return the settings with the data somewhere else: a node's own folder."""
         config = self.app.config.model_copy(update={"data_root": _absolute(path)})
         return self.model_copy(update={"app": self.app.model_copy(update={"config": config})})
+
+    def with_runtime(self, **values: object) -> Self:
+        """Return the settings with other values in the table ``runtime``."""
+        return self.model_copy(update={"runtime": self.runtime.model_copy(update=values)})
 
     def to_json(self) -> str:
         """Return the settings as JSON that :func:`settings_from_json` reads back."""

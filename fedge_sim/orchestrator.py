@@ -38,6 +38,7 @@ from fedge_sim.reporting.base import (
 from fedge_sim.runtime.backend import open_grid
 from fedge_sim.runtime.node import Done
 from fedge_sim.runtime.roster import call_roster, survey
+from fedge_sim.training.base import model_arrays
 from fedge_sim.training.local import Evaluation, pool
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class Orchestrator:
         initialise(model, torch_generator(self.settings.seed, "initial model"))
         trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
 
-        state = cloud.initial_state(records.model_arrays(model), h.num_servers)
+        state = cloud.initial_state(model_arrays(model), h.num_servers)
         leaves = [
             LeafServer(index, clients, roster, self.settings, trainable.keys(), data)
             for index, clients in enumerate(h.leaf_clients)

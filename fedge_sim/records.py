@@ -6,7 +6,6 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from flwr.app import (
     Array,
     ArrayRecord,
@@ -18,7 +17,6 @@ from flwr.app import (
 )
 from flwr.common.constant import SType
 from numpy.typing import NDArray
-from torch import nn
 
 from fedge_sim.algorithms import Arrays
 from fedge_sim.config import Settings
@@ -99,16 +97,6 @@ def _npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     description = {"descr": form.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     form.write_array_header_1_0(file, description)
     return file.getvalue()
-
-
-def model_arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
-    """Return copies of a model's parameters and buffers."""
-    return {name: t.detach().cpu().numpy().copy() for name, t in model.state_dict().items()}
-
-
-def load_arrays(model: nn.Module, arrays: Arrays) -> None:
-    """Copy arrays into a model; names and shapes must be its own."""
-    model.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
 
 
 def instruction(

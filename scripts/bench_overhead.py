@@ -19,6 +19,7 @@ from fedge_sim.models import build_model
 from fedge_sim.runtime.in_process import available_cores
 from fedge_sim.runtime.ray_grid import RayGrid
 from fedge_sim.runtime.roster import call_roster
+from fedge_sim.training.base import model_arrays
 
 CLIENTS = (9, 100, 1_000, 10_000)
 FLOWER_CLIENTS = 1_000  # at most: plain Flower takes minutes a round for more
@@ -152,7 +153,7 @@ def run_ours(clients: int, rounds: int, folder: Path) -> None:
         one = ClientData(train=np.zeros(1, np.int64), test=NO_ROWS, left_out=NO_ROWS)
         data = DataSummary((one,) * clients, EXAMPLE_SHAPE, CLASSES, (), content="")
         leaf = LeafServer(0, range(clients), roster, settings, trainable, data)
-        leaf.model = records.model_arrays(model)
+        leaf.model = model_arrays(model)
         config = records.train_config(settings, lr=settings.hierarchy.lr_init)
         stamp(folder)
         for server_round in range(1, rounds + 1):

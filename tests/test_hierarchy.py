@@ -19,6 +19,7 @@ from fedge_sim.reporting.base import Callback
 from fedge_sim.reporting.tables import TableWriter
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.training import local
+from fedge_sim.training.base import ClientTask, TrainSettings, load_arrays, model_arrays
 from tests.conftest import Keep, run
 
 ONE_LEAF = ("hierarchy.num_servers=1", "hierarchy.clients_per_server=[9]")
@@ -78,20 +79,21 @@ def test_one_leaf_is_flat_fedavg(small):
     data, h = federated_data(settings), settings.hierarchy
     model = build_model("cnn1d", data.example_shape, 6)
     initialise(model, torch_generator(settings.seed, "initial model"))
-    arrays = records.to_record(records.model_arrays(model))
+    arrays = records.to_record(model_arrays(model))
     torch.set_num_threads(1)
     for g in (1, 2):
         replies = []
         for client in range(9):
-            records.load_arrays(model, records.to_arrays(arrays))
+            load_arrays(model, records.to_arrays(arrays))
             rows = data.clients[client].train
-            train_settings = local.TrainSettings(lr=h.learning_rate(g), local_epochs=1)
+            train_settings = TrainSettings(lr=h.learning_rate(g), local_epochs=1)
             order = stream(settings.seed, "batches", g, client)
-            local.train(model, data.examples(client), rows, train_settings, order)
+            task = ClientTask({}, data.examples(client), rows, train_settings, order)
+            local.train(model, task)
             metrics = MetricRecord({"num-examples": len(rows)})
             with InProcessGrid(client_app, 1):
                 instruction = records.instruction(2, "train", ConfigRecord())
-                update = records.to_record(records.model_arrays(model))
+                update = records.to_record(model_arrays(model))
                 replies.append(records.reply(instruction, arrays=update, metrics=metrics))
         arrays, _ = FedAvg().aggregate_train(g, replies)
     ours, flat = final_models(settings).global_model, records.to_arrays(arrays)
@@ -122,7 +124,7 @@ def test_prox_mu_reaches_the_clients(small):
         data = federated_data(settings)
         model = build_model("cnn1d", data.example_shape, 6)
         initialise(model, torch_generator(settings.seed, "initial model"))
-        start = records.model_arrays(model)["head.weight"]
+        start = model_arrays(model)["head.weight"]
         return np.linalg.norm(final_models(settings).global_model["head.weight"] - start)
 
     assert travelled(0.0) > 1.1 * travelled(5.0)

@@ -23,8 +23,10 @@ from fedge_sim.models import MODELS, build_model, initialise
 from fedge_sim.models.cnn1d import TimeConv
 from fedge_sim.randomness import stream, torch_generator
 from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.training import local
+from fedge_sim.training.base import ClientTask, TrainSettings, model_arrays
 from fedge_sim.training.device import device, device_of
-from fedge_sim.training.local import Evaluation, TrainSettings, evaluate, pool, train
+from fedge_sim.training.local import Evaluation, evaluate, pool
 
 PLAIN = TrainSettings(
     lr=0.1, local_epochs=1, momentum=0, weight_decay=0, clip_norm=0, label_smoothing=0
@@ -42,6 +44,10 @@ def fresh(name: str = "cnn1d", seed: int = 0) -> nn.Module:
     model = build_model(name, (6, 8, 8) if MODELS[name].num_axes == 3 else (6, 20), 6)
     initialise(model, torch_generator(seed, "test"))
     return model
+
+
+def train(model, examples, rows, settings, order):
+    return local.train(model, ClientTask({}, examples, rows, settings, order))
 
 
 def vector(model: nn.Module) -> torch.Tensor:
@@ -372,7 +378,7 @@ def trained(settings) -> list[dict[str, bytes]]:
     data = federated_data(settings)
     model = build_model("cnn1d", data.example_shape, len(data.classes))
     initialise(model, torch_generator(0, "test"))
-    start = records.to_record(records.model_arrays(model))
+    start = records.to_record(model_arrays(model))
     with InProcessGrid(client_app.app, 1) as grid:
         messages = []
         for client in range(3):
@@ -397,7 +403,7 @@ def test_a_network_kept_warm_changes_nothing(small):
 def test_the_profiles_batches_reach_the_training(small):
     batches = ("hierarchy.batch_size=profile", "hierarchy.accumulation=profile")
     settings = small(*batches, "runtime.gpu_profile=aggressive")
-    with mock.patch.object(client_app.local, "train", wraps=train) as spy:
+    with mock.patch.object(client_app.local, "train", wraps=local.train) as spy:
         trained(settings)
-    used = [call.args[3] for call in spy.call_args_list]
+    used = [call.args[1].settings for call in spy.call_args_list]
     assert [(u.batch_size, u.accumulation) for u in used] == [(128, 2)] * 3

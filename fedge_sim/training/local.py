@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,40 +12,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.sgd import sgd
 
+from fedge_sim.algorithms import Arrays
 from fedge_sim.data.base import Examples
+from fedge_sim.training.base import (
+    ClientTask,
+    ClientUpdate,
+    TrainSettings,
+    epochs,
+    load_arrays,
+    model_arrays,
+)
 from fedge_sim.training.device import device_of
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How a client trains.
-
-    Attributes
-    ----------
-    lr : float
-        Learning rate of this round.
-    local_epochs, batch_size : int
-    accumulation : int
-        Batches whose gradients make one step: that of the mean over all their examples.
-    momentum, weight_decay : float
-        Of SGD.
-    clip_norm : float
-        Largest norm of a step's gradient over all parameters; 0 turns clipping off.
-    label_smoothing : float
-    prox_mu : float
-        FedProx's mu: the loss gains mu/2 ||w - w_start||^2 (Li et al. 2020, eq. 2), summed
-        over the trainable parameters.
-    """
-
-    lr: float
-    local_epochs: int = 5
-    batch_size: int = 32
-    momentum: float = 0.9
-    weight_decay: float = 0.0001
-    clip_norm: float = 1.0
-    label_smoothing: float = 0.1
-    prox_mu: float = 0.0
-    accumulation: int = 1
 
 
 @dataclass(frozen=True)
@@ -69,42 +46,57 @@ class Evaluation:
     num_examples: int
 
 
-def train(
-    model: nn.Module,
-    examples: Examples,
-    rows: NDArray[np.int64],
-    settings: TrainSettings,
-    order: np.random.Generator,
-) -> TrainResult:
+class Reference:
+    """The way to train of :func:`train`: one client after the other.
+
+    Parameters
+    ----------
+    network : nn.Module
+        Of any values, where clients are to train.
+    """
+
+    name = "reference"
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+
+    def train(self, clients: Sequence[ClientTask]) -> list[ClientUpdate]:
+        """Train clients, each from its own start."""
+        return [self._train(task) for task in clients]
+
+    def _train(self, task: ClientTask) -> ClientUpdate:
+        load_arrays(self._network, task.start)
+        result = train(self._network, task)
+        arrays = model_arrays(self._network)
+        return ClientUpdate(arrays, result.steps, result.loss, result.seconds, self.name)
+
+
+def train(model: nn.Module, task: ClientTask) -> TrainResult:
     """Train a model in place on one client's examples, where its parameters are.
 
     Parameters
     ----------
     model : nn.Module
         Holds the start values.
-    examples : Examples
-    rows : int64 array (n,)
-        The client's training examples.
-    settings : TrainSettings
-    order : numpy Generator
-        Draws the order of the examples, anew in every epoch. The last batch of an epoch may
-        be short; if one example is left over, it is skipped (BatchNorm needs two).
+    task : ClientTask
     """
     started = time.perf_counter()
+    settings = task.settings
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().clone() for p in parameters]
+    correction = _in_order(task.correction, model)
     momenta: list[Tensor | None] = [None] * len(parameters)
     model.train()
-    device = device_of(model)
+    device, dtype = device_of(model), parameters[0].dtype
     steps, loss_sum, seen = 0, torch.zeros((), device=device), 0
-    for _ in range(settings.local_epochs):
+    for epoch in epochs(task):
         loss_sum, seen = torch.zeros((), device=device), 0
-        for batches in _steps(order.permutation(rows), settings):
+        for batches in epoch:
             model.zero_grad()
             total = sum(map(len, batches))
             for batch in batches:
-                x, y = examples.batch(batch, device)
-                logits = model(x)
+                x, y = task.examples.batch(batch, device)
+                logits = model(x.to(dtype))
                 loss = functional.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
                 share = torch.full_like(loss, len(batch) / total)
                 loss.backward(share)
@@ -116,6 +108,9 @@ def train(
                         parameter.grad.add_(parameter.detach() - anchor, alpha=settings.prox_mu)
             if settings.clip_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+            for parameter, c in zip(parameters, correction, strict=False):
+                if parameter.grad is not None:
+                    parameter.grad.add_(c)
             _step(parameters, momenta, settings)
             steps += 1
     return TrainResult(
@@ -123,6 +118,14 @@ def train(
         loss=float(loss_sum) / max(seen, 1),
         seconds=time.perf_counter() - started,
     )
+
+
+def _in_order(correction: Arrays | None, model: nn.Module) -> list[Tensor]:
+    """Return a correction as tensors like the trainable parameters; none if there is none."""
+    if correction is None:
+        return []
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return [torch.tensor(correction[name], dtype=p.dtype, device=p.device) for name, p in named]
 
 
 @torch.no_grad()
@@ -150,28 +153,17 @@ def _step(
         momenta[i] = buffer
 
 
-def _steps(rows: NDArray[np.int64], settings: TrainSettings) -> Iterator[list[NDArray[np.int64]]]:
-    """Yield the batches of every step of an epoch."""
-    size = settings.batch_size
-    for begin in range(0, len(rows), size * settings.accumulation):
-        step = rows[begin : begin + size * settings.accumulation]
-        batches = [step[i : i + size] for i in range(0, len(step), size)]
-        if len(batches[-1]) == 1 and len(rows) > 1:
-            batches.pop()
-        if batches:
-            yield batches
-
-
 @torch.inference_mode()
 def evaluate(
     model: nn.Module, examples: Examples, rows: NDArray[np.int64], batch_size: int = 64
 ) -> Evaluation:
-    """Evaluate a model on some examples; parameters as in :func:`train`."""
+    """Evaluate a model on some examples: rows (n,) of all that a client sees."""
     model.eval()
-    device, loss_sum, right = device_of(model), 0.0, 0
+    device, dtype = device_of(model), next(model.parameters()).dtype
+    loss_sum, right = 0.0, 0
     for begin in range(0, len(rows), batch_size):
         x, target = examples.batch(rows[begin : begin + batch_size], device)
-        logits = model(x)
+        logits = model(x.to(dtype))
         loss_sum += float(functional.cross_entropy(logits, target, reduction="sum"))
         right += int((logits.argmax(dim=1) == target).sum())
     n = max(len(rows), 1)
