@@ -1,6 +1,7 @@
 # Every target builds .venv on first use, with the exact versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: run run-hhar test lint bench bench-overhead bench-data clean help
+.PHONY: run run-hhar test lint bench bench-cifar bench-overhead bench-full bench-cohort \
+	bench-data clean help
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -29,11 +30,20 @@ lint: $(READY)  ## check style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## measure against plain Flower, side by side
+bench: $(READY)  ## measure against plain Flower and a bare loop, side by side
 	$(BIN)/python scripts/bench.py --workload w1 $(ARGS)
+
+bench-cifar: $(READY)  ## the same with 100 devices of 350 training images
+	$(BIN)/python scripts/bench.py --workload cifar $(ARGS)
 
 bench-overhead: $(READY)  ## the same with clients that do nothing: the cost of a round, by clients
 	$(BIN)/python scripts/bench.py --workload overhead $(ARGS)
+
+bench-full: $(READY)  ## ours on as many windows as HHAR has: a round, and 100 projected
+	$(BIN)/python scripts/bench.py --workload w1-full $(ARGS)
+
+bench-cohort: $(READY)  ## clients a second by how many train together, and a picture of it
+	$(BIN)/python scripts/bench.py --workload cohort $(ARGS)
 
 bench-data: $(READY)  ## measure reading HHAR's files, and opening a store
 	$(BIN)/python scripts/bench_data.py $(ARGS)
@@ -43,7 +53,7 @@ clean:  ## remove the environment and all caches; results are kept
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:  ## show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 16
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv

@@ -6,27 +6,24 @@ the same wherever it runs. What a node may say itself, in its ``node-config``:
 where its data lies.
 """
 
-import threading
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord
 from flwr.clientapp import ClientApp
-from torch import nn
 
 from fedge_sim import records
+from fedge_sim.client import autocast_of, choose, examples_of, tools, train_settings
 from fedge_sim.config import Settings, settings_from_json
 from fedge_sim.data import FederatedData, federated_data
-from fedge_sim.data.base import CPU, DataSummary, Examples
+from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import FedgeError
 from fedge_sim.models import build_model
 from fedge_sim.randomness import stream
-from fedge_sim.runtime import gpu
-from fedge_sim.training import local
-from fedge_sim.training.base import ClientTask, TrainSettings, load_arrays, model_arrays
-from fedge_sim.training.choice import Choice
-from fedge_sim.training.device import device, device_of
+from fedge_sim.training.base import ClientTask, load_arrays
+from fedge_sim.training.evaluation import evaluate_together
 
 app = ClientApp()
 
@@ -78,40 +75,25 @@ def describe_data(message: Message, context: Context) -> Message:
     return records.reply(message, config=answer)
 
 
+@app.query("training")
+def choose_training(message: Message, context: Context) -> Message:
+    """Answer which way to train is fastest on this node, one client a message."""
+    choice = choose(_settings(records.config_of(message), context), cohorts=False)
+    return records.reply(message, config=ConfigRecord(asdict(choice)))
+
+
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the message's model on its client's training examples."""
-    config = records.config_of(message)
-    settings, data, model = _prepare(message, context)
-    h, client = settings.hierarchy, config[records.CLIENT_ID]
-    batch_size, accumulation = gpu.batch_of(settings)
-    task = ClientTask(
-        start=records.to_arrays(records.arrays_of(message)),
-        examples=_examples(settings, data, client, model),
-        rows=data.clients[client].train,
-        settings=TrainSettings(
-            lr=config[records.LR],
-            local_epochs=h.local_epochs,
-            batch_size=batch_size,
-            local_steps=h.local_steps,
-            accumulation=accumulation,
-            momentum=h.momentum,
-            weight_decay=h.weight_decay,
-            clip_norm=h.clip_norm,
-            label_smoothing=h.label_smoothing,
-            prox_mu=h.prox_mu,
-        ),
-        order=stream(settings.seed, "batches", config[records.ROUND], client),
-    )
-    [result] = local.Reference(model).train([task])
-    metrics = MetricRecord(
-        {
-            records.NUM_EXAMPLES: len(data.clients[client].train),
-            records.LOSS: result.loss,
-            records.SECONDS: result.seconds,
-        }
-    )
-    return records.reply(message, arrays=records.to_record(result.arrays), metrics=metrics)
+    [reply] = _train([message], context)
+    return reply
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the message's model on its client's test examples, and training ones if asked."""
+    [reply] = _evaluate([message], context)
+    return reply
 
 
 def answer_together(messages: Sequence[Message], context: Context) -> list[Message]:
@@ -120,23 +102,62 @@ def answer_together(messages: Sequence[Message], context: Context) -> list[Messa
     They are all of one type, train or evaluate, and have the same settings; those to evaluate
     also carry the same model and ask for the same splits.
     """
-    answer = {MessageType.TRAIN: train, MessageType.EVALUATE: evaluate}
-    return [answer[message.metadata.message_type](message, context) for message in messages]
+    together = {MessageType.TRAIN: _train, MessageType.EVALUATE: _evaluate}
+    return together[messages[0].metadata.message_type](messages, context)
 
 
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the message's model on its client's test examples, and training ones if asked."""
-    config = records.config_of(message)
-    settings, data, model = _prepare(message, context)
-    client = config[records.CLIENT_ID]
-    examples, own = _examples(settings, data, client, model), data.clients[client]
-    metrics = MetricRecord()
-    for split in config[records.SPLITS]:
-        rows = own.test if split == "test" else own.train
-        result = local.evaluate(model, examples, rows, settings.hierarchy.eval_batch_size)
-        records.put_evaluation(metrics, split, result)
-    return records.reply(message, metrics=metrics)
+def _train(messages: Sequence[Message], context: Context) -> list[Message]:
+    settings, data = _prepare(messages[0], context)
+    path = tools(settings, data).path
+    tasks = []
+    for message in messages:
+        config = records.config_of(message)
+        client = config[records.CLIENT_ID]
+        tasks.append(
+            ClientTask(
+                start=records.to_arrays(records.arrays_of(message)),
+                examples=examples_of(settings, data, client),
+                rows=data.clients[client].train,
+                settings=train_settings(settings, config[records.LR]),
+                order=stream(settings.seed, "batches", config[records.ROUND], client),
+            )
+        )
+    return [
+        records.reply(
+            message,
+            arrays=records.to_record(update.arrays),
+            metrics=MetricRecord(
+                {
+                    records.NUM_EXAMPLES: len(task.rows),
+                    records.LOSS: update.loss,
+                    records.SECONDS: update.seconds,
+                }
+            ),
+        )
+        for message, task, update in zip(messages, tasks, path.train(tasks), strict=True)
+    ]
+
+
+def _evaluate(messages: Sequence[Message], context: Context) -> list[Message]:
+    settings, data = _prepare(messages[0], context)
+    network = tools(settings, data).network
+    load_arrays(network, records.to_arrays(records.arrays_of(messages[0])))
+    splits = records.config_of(messages[0])[records.SPLITS]
+    parts = []
+    for message in messages:
+        client = records.config_of(message)[records.CLIENT_ID]
+        own, examples = data.clients[client], examples_of(settings, data, client)
+        parts += [(examples, own.test if split == "test" else own.train) for split in splits]
+    results = iter(
+        evaluate_together(network, parts, settings.hierarchy.eval_batch_size, autocast_of(settings))
+    )
+    replies = []
+    for message in messages:
+        metrics = MetricRecord()
+        for split in splits:
+            records.put_evaluation(metrics, split, next(results))
+        replies.append(records.reply(message, metrics=metrics))
+    return replies
 
 
 def open_data(settings: Settings) -> FederatedData:
@@ -158,69 +179,12 @@ def _settings(config: dict[str, Any], context: Context) -> Settings:
     return settings if root is None else settings.with_data_root(str(root))
 
 
-def _prepare(message: Message, context: Context) -> tuple[Settings, FederatedData, nn.Module]:
-    """Return settings, data and the message's model, and set this thread's compute threads.
+def _prepare(message: Message, context: Context) -> tuple[Settings, FederatedData]:
+    """Return settings and data, and set what torch sets for this thread or process.
 
-    Flower, Ray and torch each choose a number of threads of their own, and the last bits of
-    a sum depend on it.
+    Flower, Ray and torch each choose a number of compute threads of their own, and the last
+    bits of a sum depend on it.
     """
     settings = _settings(records.config_of(message), context)
     torch.set_num_threads(settings.runtime.threads_per_client)
-    data = federated_data(settings)
-    model = _network(settings, data)
-    load_arrays(model, records.to_arrays(records.arrays_of(message)))
-    return settings, data, model
-
-
-class _Kept(threading.local):
-    """The network that a thread used last, and of what kind it is."""
-
-    kind: object = None
-    network: nn.Module | None = None
-
-
-_kept = _Kept()
-
-
-def _network(settings: Settings, data: FederatedData) -> nn.Module:
-    """Return a network of arbitrary values where this process trains, the last one if kept."""
-    profile = _profile(settings)
-    where = device() if profile.gpu_fraction > 0 else CPU
-    kind = (settings.data.model, data.example_shape, len(data.classes), where)
-    network = _kept.network
-    if network is None or kind != _kept.kind or not profile.keep_warm:
-        network = build_model(*kind[:3]).to(where)
-        _kept.kind, _kept.network = (kind, network) if profile.keep_warm else (None, None)
-    return network
-
-
-def _examples(settings: Settings, data: FederatedData, client: int, model: nn.Module) -> Examples:
-    profile = _profile(settings)
-    return data.examples(
-        client, device_of(model), caching=profile.caching, pipelining=profile.pipelining
-    )
-
-
-def _profile(settings: Settings) -> gpu.Profile:
-    """Return the GPU profile as it holds in this process."""
-    return gpu.resolve(settings.runtime, torch.cuda.device_count())
-
-
-def choose(settings: Settings) -> Choice:
-    """Return the fastest way to train on this process's device, measured on the run's data."""
-    return Choice("reference", compile=False, cohort_size=1, reason="")
-
-
-def probe(settings: Settings, cohort_size: int = 1) -> None:
-    """Train and evaluate the clients with most examples on a few batches, to see what it takes."""
-    torch.set_num_threads(settings.runtime.threads_per_client)
-    data, h = federated_data(settings), settings.hierarchy
-    client = max(range(len(data.clients)), key=lambda c: len(data.clients[c].train))
-    rows = data.clients[client].train
-    model, (batch_size, _) = _network(settings, data), gpu.batch_of(settings)
-    short = TrainSettings(lr=1e-3, local_epochs=1, batch_size=batch_size)
-    examples = _examples(settings, data, client, model)
-    own = ClientTask({}, examples, rows[: 2 * batch_size], short, stream(0, "probe"))
-    local.train(model, own)
-    local.evaluate(model, examples, rows[: h.eval_batch_size], h.eval_batch_size)
-    records.to_record(model_arrays(model))
+    return settings, federated_data(settings)

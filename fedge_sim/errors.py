@@ -55,6 +55,14 @@ class StalledError(FedgeError):
     exit_code = 3
 
 
+class CannotCompileError(FedgeError):
+    """A training step cannot be compiled here; it can be done without."""
+
+
+class CannotVectoriseError(FedgeError):
+    """Clients with this network cannot be trained side by side: the message says why."""
+
+
 class TimelineError(FedgeError):
     """A run's timeline cannot be found, read, or drawn."""
 

@@ -37,7 +37,7 @@ from fedge_sim.reporting.base import (
 )
 from fedge_sim.runtime.backend import open_grid
 from fedge_sim.runtime.node import Done
-from fedge_sim.runtime.roster import call_roster, survey
+from fedge_sim.runtime.roster import call_roster, settle_training, survey
 from fedge_sim.training.base import model_arrays
 from fedge_sim.training.local import Evaluation, pool
 
@@ -88,6 +88,7 @@ class Orchestrator:
             log.warning("[hierarchy] %s = %s: accepted, but without effect", key, value)
         roster = call_roster(self.grid, h.num_clients, self.settings.runtime.node_timeout_s)
         data = survey(self.grid, roster, self.settings)
+        self.settings = settle_training(self.grid, roster, self.settings)
         model = build_model(self.settings.data.model, data.example_shape, len(data.classes))
         initialise(model, torch_generator(self.settings.seed, "initial model"))
         trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -304,7 +305,7 @@ def run(settings: Settings, callbacks: Sequence[Callback]) -> Result:
         for callback in callbacks:
             callback.on_workers(names)
 
-    with open_grid(settings, tell, tell_workers) as grid:
+    with open_grid(settings, tell, tell_workers) as (grid, settings):
         if settings.runtime.dashboard:
             from fedge_sim.runtime.dashboard import DashboardMetrics
 

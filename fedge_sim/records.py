@@ -35,8 +35,9 @@ NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SECONDS = "seconds"
 _PREFIX = {"test": "", "train": "train-"}  # of an evaluation's metrics, by split
 _ROW = np.dtype("<i8")  # of row numbers on the wire
-# The two questions of the roster, and what a node answers.
+# The questions of the roster, and what a node answers.
 ASK_CLIENTS, ASK_DATA = MessageType.QUERY, f"{MessageType.QUERY}.data"
+ASK_TRAINING = f"{MessageType.QUERY}.training"
 CLIENT_IDS, NUM_NODES, SERVES_ANY, ERROR = "client-ids", "num-nodes", "serves-any", "error"
 
 

@@ -5,11 +5,13 @@ Clients send back the model that they get; servers average it. Run as a script, 
 
 import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from measuring import Measurement, begin, header, measure_flower, measure_script, stamp
+from measuring import Measurement, Options, header, measure_flower, measure_script, verdict
+from stamps import begin, stamp
 
 from fedge_sim import records
 from fedge_sim.config import load_settings
@@ -70,28 +72,29 @@ class Pair:
         return f"{self.clients:8,}{''.join(texts)}"
 
 
-def bench(rounds: int, folder: Path) -> None:
+def bench(options: Options) -> None:
     """Measure both sides with growing numbers of clients, then the growth of our memory."""
+    rounds, folder, more = options.rounds, options.folder, options.assignments
     model = build_model(MODEL, EXAMPLE_SHAPE, len(CLASSES))
     parameters = f"{sum(p.numel() for p in model.parameters()):,} parameters"
     what = f"overhead: empty clients, {MODEL} of {parameters}, {available_cores()} actors"
-    print(header(what, rounds), HEADINGS, sep="\n", flush=True)
+    print(header(what, rounds, more), HEADINGS, sep="\n", flush=True)
     pairs = []
     for clients in CLIENTS:
-        ours = measure_ours(clients, rounds + 1, folder / f"ours-{clients}")
+        ours = measure_ours(clients, rounds + 1, folder / f"ours-{clients}", more)
         flower = None
         if clients <= FLOWER_CLIENTS:
             config = {"empty": True, "num-server-rounds": rounds + 1, "num-classes": len(CLASSES)}
             flower = measure_flower(config, clients, folder / f"plain-flower-{clients}")
         pairs.append(Pair(clients, ours, flower))
         print(pairs[-1], flush=True)
-    long = measure_ours(MEMORY_CLIENTS, MEMORY_WARM_UP + MEMORY_ROUNDS, folder / "memory")
+    long = measure_ours(MEMORY_CLIENTS, MEMORY_WARM_UP + MEMORY_ROUNDS, folder / "memory", more)
     print(f"\n{targets(pairs, long)}")
 
 
-def measure_ours(clients: int, rounds: int, folder: Path) -> Measurement:
+def measure_ours(clients: int, rounds: int, folder: Path, more: Sequence[str]) -> Measurement:
     """Measure :func:`run_ours` in a process of its own."""
-    arguments = [str(clients), str(rounds), str(folder)]
+    arguments = [str(clients), str(rounds), str(folder), *more]
     return measure_script(__file__, arguments, folder)
 
 
@@ -130,13 +133,10 @@ def targets(pairs: list[Pair], long: Measurement) -> str:
             megabytes < MB_PER_ROUND,
         ),
     ]
-    return "\n".join(
-        f"{what:<64}{value:8.3f}   target: {target}: {'met' if met else 'MISSED'}"
-        for what, value, target, met in lines
-    )
+    return "\n".join(verdict(*line) for line in lines)
 
 
-def run_ours(clients: int, rounds: int, folder: Path) -> None:
+def run_ours(clients: int, rounds: int, folder: Path, more: Sequence[str]) -> None:
     """Run one leaf server over empty clients, without evaluation."""
     begin(folder)
     settings = load_settings(
@@ -144,6 +144,7 @@ def run_ours(clients: int, rounds: int, folder: Path) -> None:
             "hierarchy.num_servers=1",
             f"hierarchy.clients_per_server=[{clients}]",
             f"runtime.num_workers={available_cores()}",
+            *more,
         ]
     )
     with RayGrid("empty_app:app", settings) as grid:
@@ -167,4 +168,4 @@ def run_ours(clients: int, rounds: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_ours(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    run_ours(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,17 +22,41 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
+from stamps import BEGUN, STAMPS
 
 from fedge_sim.runtime.in_process import available_cores
 
 PLAIN_FLOWER = Path(__file__).resolve().parent / "plain_flower"
-STAMPS, BEGUN = "stamps.jsonl", "begun"
 MARKER = "FEDGE_BENCH"  # in the environment of every process of a side: the side's folder
 SAMPLE_SECONDS = 0.2
 SAMPLING_SHARE = 0.05  # of one core, at most: reading PSS takes milliseconds a process
 STOP_SECONDS = 10
+GPU_SHARE = 0.25  # of a GPU, for each of plain Flower's actors, where there is one
 LOCAL = ("127.0.0.1", 0)  # any free port
 MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a benchmark is asked for.
+
+    Attributes
+    ----------
+    rounds : int
+        To be measured, after a warm-up.
+    folder : Path
+        For whatever it writes, removed at the end.
+    assignments : tuple of str
+        Settings of our sides, ``table.key=value``.
+    output : Path
+        Where its picture goes, if it draws one.
+    """
+
+    rounds: int
+    folder: Path
+    assignments: tuple[str, ...]
+    output: Path
 
 
 @dataclass(frozen=True)
@@ -75,9 +99,14 @@ class Measurement:
         return [float(s) for s in np.diff(self.stamps)]
 
     @property
+    def measured(self) -> list[float]:
+        """Seconds of every round but the warm-up; of a single round, that one's."""
+        return self.seconds[1:] or self.seconds
+
+    @property
     def median(self) -> float:
         """Seconds a round, without the warm-up."""
-        return statistics.median(self.seconds[1:])
+        return statistics.median(self.measured)
 
     @property
     def peak(self) -> float:
@@ -98,17 +127,6 @@ class Measurement:
         return float(np.polyfit(rounds[steady], memory[steady], deg=1)[0])
 
 
-def stamp(folder: Path) -> None:
-    """Note the time; a side does so when its first round starts and when each has ended."""
-    with (folder / STAMPS).open("a") as file:
-        file.write(json.dumps({"time": time.time()}) + "\n")
-
-
-def begin(folder: Path) -> None:
-    """Note that a side's run begins: its program is loaded."""
-    (folder / BEGUN).write_text(str(time.time()))
-
-
 def measure_script(script: str, arguments: list[str], folder: Path) -> Measurement:
     """Measure a Python file with these arguments; its actors find the modules beside it."""
     environment = os.environ | {"PYTHONPATH": str(Path(script).resolve().parent)}
@@ -120,6 +138,8 @@ def measure_flower(config: Mapping[str, str | float], num_nodes: int, folder: Pa
     config = {**config, "num-clients": num_nodes, "stamps": str(folder / STAMPS)}
     pairs = [f"{key}={json.dumps(value)}" for key, value in config.items()]
     federation = f"num-supernodes={num_nodes} client-resources-num-cpus=1"
+    if torch.cuda.is_available() and not config.get("empty"):
+        federation += f" client-resources-num-gpus={GPU_SHARE}"
     with socket.create_server(LOCAL) as http, socket.create_server(LOCAL) as control:
         free_ports = [str(s.getsockname()[1]) for s in (http, control)]
     bin_folder = Path(sys.executable).parent
@@ -217,17 +237,25 @@ def stop(folder: Path) -> None:
         psutil.wait_procs(processes, timeout=STOP_SECONDS)
 
 
-def header(workload: str, rounds: int) -> str:
+def header(workload: str, rounds: int | None = None, assignments: Sequence[str] = ()) -> str:
     """Return what is measured, where, when, and with what."""
     load, cpuinfo = os.getloadavg()[0], Path("/proc/cpuinfo")
     fields = [line.split(":") for line in cpuinfo.open()] if cpuinfo.exists() else []
     cpu = next((f[1].strip() for f in fields if f[0].strip() == "model name"), platform.machine())
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     packages = ("fedge-sim", "flwr", "ray", "torch", "numpy")
     versions = [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
-    return (
-        f"workload  {workload}\n"
-        f"rounds    {rounds} measured, after 1 of warm-up\n"
-        f"machine   {cpu}, {available_cores()} cores, load average before {load:.1f}\n"
-        f"date      {datetime.now(UTC):%Y-%m-%d %H:%M} UTC\n"
-        f"versions  {', '.join(versions)}\n"
-    )
+    lines = {
+        "workload": workload,
+        "rounds": f"{rounds} measured, after 1 of warm-up" if rounds else "",
+        "settings": " ".join(assignments),
+        "machine": f"{cpu}, {available_cores()} cores, {gpu}, load average before {load:.1f}",
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "versions": ", ".join(versions),
+    }
+    return "".join(f"{name:<10}{text}\n" for name, text in lines.items() if text)
+
+
+def verdict(what: str, value: float, target: str, met: bool, digits: int = 3) -> str:
+    """Return a line: what was measured, beside what we aim for."""
+    return f"{what:<64}{value:8.{digits}f}   target: {target}: {'met' if met else 'MISSED'}"

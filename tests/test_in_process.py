@@ -1,5 +1,6 @@
 """The grid of this process: order, failures, time."""
 
+import logging
 import threading
 import time
 
@@ -8,9 +9,14 @@ from flwr.app import ConfigRecord
 
 from fedge_sim import records
 from fedge_sim.config import load_settings
-from fedge_sim.errors import StalledError
-from fedge_sim.runtime.backend import choose
+from fedge_sim.errors import ConfigError, StalledError
+from fedge_sim.orchestrator import Orchestrator
+from fedge_sim.runtime import backend
+from fedge_sim.runtime.backend import choose, open_grid
 from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.training.choice import Choice
+from tests import unruly
+from tests.conftest import run
 
 
 def questions(number):
@@ -119,3 +125,97 @@ def test_the_backend_and_why(assignments, cores, gpus, backend):
     chosen, reason = choose(runtime(*assignments), 100, cores, gpus)
     assert chosen == backend
     assert reason
+
+
+@pytest.fixture
+def cohort_run(small):
+    """Return a function that runs a round of cohorts of three, with clients that misbehave."""
+
+    def round_of(settings, **rules):
+        unruly.rule(settings, **rules)
+        with InProcessGrid(
+            unruly.app,
+            2,
+            settings.runtime,
+            together=unruly.answer_together,
+            cohort_size=3,
+        ) as grid:
+            return Orchestrator(settings, grid).run().last
+
+    return round_of
+
+
+def losses(record):
+    return [client.train_loss for client in record.clients]
+
+
+def test_cohorts_of_all_clients(small, cohort_run):
+    settings = small("hierarchy.global_rounds=1", "runtime.training=cohort")
+    last = cohort_run(settings)
+    trained = unruly.cohorts(settings)
+    assert sorted(client for cohort in trained for client in cohort) == list(range(9))
+    assert all(2 <= len(cohort) <= 3 for cohort in trained)
+    assert losses(last) == pytest.approx(losses(run(small("hierarchy.global_rounds=1"), []).last))
+
+
+def test_a_client_that_fails_in_a_cohort_is_the_only_one_left_out(small, cohort_run, caplog):
+    settings = small(
+        "hierarchy.global_rounds=1", "runtime.training=cohort", "runtime.max_retries=1"
+    )
+    last = cohort_run(settings, c4=("raise", 99))
+    assert [c.client for c in last.clients if not c.bytes_up] == [4]
+    assert caplog.text.count("cohort failed, each is run alone: RuntimeError") == 1
+    assert "client 4 of leaf server 1 left out: RuntimeError: the battery is empty" in caplog.text
+    assert unruly.tries(settings, 4) == 3  # in the cohort, and twice alone
+
+
+def test_a_client_that_fails_in_a_cohort_once_is_not_left_out(small, cohort_run, caplog):
+    settings = small("hierarchy.global_rounds=1", "runtime.training=cohort")
+    last = cohort_run(settings, c4=("raise", 1))
+    assert all(client.bytes_up for client in last.clients)
+    assert "failed, try" not in caplog.text
+
+
+def test_a_cohort_without_memory_is_halved(small, cohort_run, caplog):
+    settings = small("runtime.training=cohort", "runtime.max_retries=0")
+    last = cohort_run(settings, c4=("gpu memory", 1))
+    assert all(client.bytes_up for client in last.clients)
+    assert "ran out of memory, and is halved; next time set runtime.cohort_size = 1" in caplog.text
+    assert len(caplog.messages) == 1  # the second round has no cohorts any more
+    assert sum(map(len, unruly.cohorts(settings))) <= 9
+
+
+@pytest.fixture
+def opened(small, monkeypatch):
+    """Return a function to the cohort size and the settings that a run gets in this process."""
+
+    def size_and_settings(*assignments):
+        made = []
+        monkeypatch.setattr(
+            backend, "InProcessGrid", lambda *a, **k: made.append(k) or InProcessGrid(*a, **k)
+        )
+        monkeypatch.setattr(backend, "available_cores", lambda: 2)
+        monkeypatch.setattr(client, "choose", lambda _: Choice("cohort", True, 4, "4/s"))
+        settings = small("runtime.backend=inprocess", *assignments)
+        with open_grid(settings, print, print) as (_, settled):
+            return made[0]["cohort_size"], settled.runtime
+
+    return size_and_settings
+
+
+def test_the_way_to_train_is_settled(opened, caplog):
+    caplog.set_level(logging.INFO, "fedge_sim")
+    size, runtime = opened("runtime.training=auto")
+    assert (size, runtime.training, runtime.compile) == (4, "cohort", True)
+    assert runtime.cohort_size == 4
+    assert "training cohort: 4/s" in caplog.text
+    size, runtime = opened("runtime.training=cohort", "runtime.compile=false")
+    assert (size, runtime.training, runtime.compile) == (4, "cohort", False)
+    size, runtime = opened("runtime.training=cohort", "runtime.cohort_size=7")
+    assert (size, runtime.training, runtime.compile) == (7, "cohort", "auto")
+    size, runtime = opened("runtime.training=reference")
+    assert (size, runtime.training) == (1, "reference")
+    few = ("hierarchy.num_servers=1", "hierarchy.clients_per_server=[3]")
+    assert opened("runtime.training=auto", *few)[0] == 2  # two threads are to be busy
+    with pytest.raises(ConfigError, match=r'cohort_size = 2: .* training = "single"'):
+        opened("runtime.training=single", "runtime.cohort_size=2")

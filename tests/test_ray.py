@@ -1,6 +1,7 @@
 """The Ray runtime, on real actors: the same bytes whatever their number, and what it costs."""
 
 import logging
+import re
 import time
 from unittest import mock
 
@@ -33,9 +34,41 @@ def test_the_same_bytes_on_any_number_of_actors(small, actors):
     assert same_models(ours.last, run(small()).last)
 
 
-def test_clients_side_by_side_in_an_actor_change_nothing(small):
-    settings = small("runtime.num_workers=2", "runtime.cohort_size=2")
-    assert same_models(run_on_ray(settings).last, run(small()).last)
+def test_cohorts_change_nothing_but_the_last_bits(small):
+    settings = small(
+        "runtime.num_workers=2", "runtime.training=cohort", "hierarchy.global_rounds=1"
+    )
+    unruly.rule(settings)
+    with (
+        mock.patch("fedge_sim.runtime.crew.Crew._choose", return_value=16),
+        ray_grid(settings, unruly_app) as grid,
+    ):
+        assert grid.crew.plan.cohort_size == grid.settings.runtime.cohort_size == 5
+        last = Orchestrator(grid.settings, grid).run().last
+    trained = unruly.cohorts(settings)
+    assert sorted(client for cohort in trained for client in cohort) == list(range(9))
+    assert [len(cohort) for cohort in trained] == [5, 4]
+    ours, theirs = ([c.train_loss for c in r.clients] for r in (last, alone(small)))
+    assert ours == pytest.approx(theirs)
+
+
+def alone(small):
+    return run(small("hierarchy.global_rounds=1")).last
+
+
+def test_the_way_to_train_is_settled_and_memory_is_predicted_and_measured(small, caplog):
+    caplog.set_level(logging.INFO, "fedge_sim")
+    settings = small("runtime.training=auto", "runtime.cohort_size=3", "hierarchy.global_rounds=2")
+    with ray_grid(settings) as grid:
+        assert grid.settings.runtime.training == "cohort"
+        assert grid.settings.runtime.compile is False
+        assert grid.settings.runtime.cohort_size == grid.crew.plan.cohort_size == 3
+        Orchestrator(grid.settings, grid).run()
+    (chosen,) = [line for line in caplog.messages if line.startswith("training ")]
+    assert chosen.startswith("training cohort: ")
+    (line,) = [line for line in caplog.messages if line.startswith("cohort of 3: predicted ")]
+    predicted, measured = map(int, re.search(r"(\d+) MiB, measured (\d+) MiB", line).groups())
+    assert predicted == pytest.approx(measured, rel=0.3)
 
 
 TINY = (

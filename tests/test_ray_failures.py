@@ -112,18 +112,69 @@ def test_no_progress_ends_the_run_with_every_stack(two, caplog):
     assert caplog.text.count("in sleep_for_ever") == 2
 
 
+# ------------------------------------------------------------------ cohorts
+
+COHORTS = ("runtime.training=cohort", "runtime.cohort_size=4")
+
+
+def test_a_client_that_fails_in_a_cohort_is_the_only_one_left_out(two, caplog):
+    settings = two(*COHORTS, "runtime.max_retries=1", "hierarchy.global_rounds=1")
+    unruly.rule(settings, c4=("raise", 99))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert any(4 in cohort for cohort in unruly.cohorts(settings))
+    assert unruly.tries(settings, 4) == 3  # in the cohort, and twice alone
+    assert "client 4 of leaf server 1 left out: RuntimeError: the battery is empty" in caplog.text
+    assert [c.client for c in last.clients if not c.bytes_up] == [4]
+
+
+def test_an_actor_that_dies_in_a_cohort_is_replaced_and_all_are_run_alone(two, caplog):
+    settings = two(*COHORTS, "hierarchy.global_rounds=1")
+    unruly.rule(settings, c4=("die", 1))
+    last = run_on_ray(settings, app=UNRULY).last
+    (cohort,) = [cohort for cohort in unruly.cohorts(settings) if 4 in cohort]
+    assert len(cohort) > 1
+    for client in cohort:
+        name = f"client {client} of leaf server {client // 3} (train)"
+        assert f"{name} is run again, alone: its actor died" in caplog.text
+    assert all(client.bytes_up for client in last.clients)
+
+
+def test_a_client_that_kills_every_cohort_is_left_out_alone(two):
+    settings = two(*COHORTS, "runtime.max_retries=0", "hierarchy.global_rounds=1")
+    unruly.rule(settings, c4=("die", 99))
+    last = run_on_ray(settings, app=UNRULY).last
+    assert [c.client for c in last.clients if not c.bytes_up] == [4]
+
+
+def test_a_cohort_that_hangs_is_given_the_time_of_all_and_run_again_alone(two, caplog):
+    settings = two(
+        *COHORTS,
+        "runtime.client_timeout_s=2.0",
+        "runtime.max_retries=0",
+        "hierarchy.global_rounds=1",
+    )
+    unruly.rule(settings, c4=("sleep", 99))
+    started = time.monotonic()
+    last = run_on_ray(settings, app=UNRULY).last
+    (cohort,) = [cohort for cohort in unruly.cohorts(settings) if 4 in cohort]
+    assert time.monotonic() - started > 2.0 * (len(cohort) + 1)
+    assert "client 4 of leaf server 1 left out: no reply within 2 s" in caplog.text
+    assert [c.client for c in last.clients if not c.bytes_up] == [4]
+
+
 # ------------------------------------------------------------------ memory
 
 
-def test_out_of_gpu_memory_halves_the_cohort(two, caplog):
-    settings = two("runtime.cohort_size=2")
+def test_out_of_memory_halves_the_cohort(two, caplog):
+    settings = two(*COHORTS)
     unruly.rule(settings, c0=("gpu memory", 1))
     with ray_grid(settings, UNRULY) as grid:
-        last = Orchestrator(settings, grid, []).run().last
-        assert grid.crew.plan.cohort_size == 1
+        last = Orchestrator(grid.settings, grid, []).run().last
+        assert grid.crew.plan.cohort_size == 2
         assert len(grid.crew.workers) == 2
-    assert "cohort size 1; next time set runtime.cohort_size = 1" in caplog.text
-    assert same_models(last, run(two()).last)
+    assert "cohort size 2; next time set runtime.cohort_size = 2" in caplog.text
+    assert all(client.bytes_up for client in last.clients)
+    assert [len(cohort) for cohort in unruly.cohorts(settings)].count(4) <= 2  # those dealt before
 
 
 @pytest.mark.parametrize("kind", ["gpu memory", "host memory"])
@@ -160,7 +211,7 @@ def test_all_out_of_memory_at_once_count_once(two, caplog):
 
 
 def test_a_new_actor_is_of_the_same_size(two):
-    settings = two("runtime.cohort_size=2", "hierarchy.global_rounds=1")
+    settings = two(*COHORTS, "hierarchy.global_rounds=1")
     unruly.rule(settings, c0=("die", 1))
     with ray_grid(settings, UNRULY) as grid:
         first = {worker.introduction.pid for worker in grid.crew.workers}
@@ -172,7 +223,7 @@ def test_a_new_actor_is_of_the_same_size(two):
             grid.crew.welcome()
         assert {worker.introduction.pid for worker in grid.crew.workers} - first
         sizes = ray.get([worker.actor.cohort_size.remote() for worker in grid.crew.workers])
-    assert sizes == [2, 2]
+    assert sizes == [4, 4]
 
 
 def test_a_new_actor_that_has_no_place_is_given_up(two):

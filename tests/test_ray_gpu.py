@@ -72,8 +72,20 @@ def test_a_gpu_that_nobody_uses_is_warned_of(small, caplog):
     assert "2 GPUs are there and none is used" in caplog.text
 
 
-def test_a_run_with_shares_of_gpus_that_torch_cannot_use(small, caplog):
-    with ray_grid(small("hierarchy.global_rounds=1")) as grid:
+@pytest.mark.parametrize(("profile", "streams"), [("conservative", 1), ("aggressive", 4)])
+def test_a_run_with_shares_of_gpus_that_torch_cannot_use(small, caplog, profile, streams):
+    settings = small("hierarchy.global_rounds=1", f"runtime.gpu_profile={profile}")
+    with ray_grid(settings) as grid:
+        assert (grid.crew.plan.streams, grid.crew.plan.threads) == (streams, streams)
         last = Orchestrator(grid.settings, grid, []).run().last
     assert "torch sees none: clients train on the CPU" in caplog.text
     assert same_models(last, run(small("hierarchy.global_rounds=1")).last)
+
+
+def test_without_memory_there_are_fewer_streams_then_fewer_actors(small, caplog):
+    with ray_grid(small("runtime.gpu_profile=aggressive"), prepare=False) as grid:
+        sizes = []
+        while grid.crew.relieve(grid.crew.workers[0]):
+            sizes.append((grid.crew.plan.streams, len(grid.crew.workers)))
+    assert sizes == [(2, 2), (1, 2), (1, 1)]
+    assert "next time set runtime.streams = 2" in caplog.text

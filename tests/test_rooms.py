@@ -42,7 +42,7 @@ FLOORS = [
     {"config", "randomness"},
     {"algorithms", "models", "training", "data"},
     {"cloud", "records"},
-    {"reporting", "runtime", "client_app", "leaf"},
+    {"reporting", "runtime", "client", "client_app", "leaf"},
     {"orchestrator", "monitor"},
     {"server_app"},
 ]

@@ -59,6 +59,50 @@ def test_a_cohort_is_shared_out_too():
     assert [len(hand) for hand in simulate([1.0] * 9, 2, cohort=4)[1]] == [4, 3, 1, 1]
 
 
+def waiting(jobs, known=True):
+    schedule = Schedule()
+    for seconds in jobs:
+        schedule.add(seconds, work=seconds, seconds=seconds if known else None)
+    return schedule
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_at_the_start_all_workers_share_what_waits(known):
+    schedule = waiting([1.0] * 9, known)
+    assert [len(schedule.deal(2, 16, sharing=left)) for left in (2, 1)] == [5, 4]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_cohort_is_no_more_than_a_fair_share_of_the_work(known):
+    schedule = waiting([5.0] * 3 + [1.0] * 6, known)
+    assert schedule.deal(2, 16, sharing=2) == [5.0] * 2
+    assert schedule.deal(2, 16, sharing=1) == [5.0] + [1.0] * 6
+
+
+def test_as_many_cohorts_as_streams():
+    assert len(waiting([1.0] * 9).deal(1, 2, streams=3)) == 6
+
+
+def test_cohorts_of_short_jobs_leave_some_to_the_others():
+    schedule = waiting([0.002] * 100)  # 50 ms for each of four workers
+    assert len(schedule.deal(4, 16)) == 16
+    assert len(schedule.deal(4, 1)) == 10  # half of 42 ms
+
+
+@given(
+    st.lists(SECONDS, min_size=1, max_size=60),
+    st.integers(1, 5),
+    st.integers(1, 20),
+    st.booleans(),
+)
+def test_every_job_once_in_cohorts_too(jobs, workers, cohort, known):
+    end, hands = simulate(jobs, workers, known, cohort)
+    assert sorted(number for hand in hands for number in hand) == list(range(len(jobs)))
+    assert all(len(hand) <= cohort or sum(jobs[n] for n in hand) <= HAND_SECONDS for hand in hands)
+    # a fair share, and as much again as half of the job that goes beyond it
+    assert end <= sum(jobs) / workers * 2 + 1.5 * max(*jobs, HAND_SECONDS)
+
+
 def test_alone_is_alone():
     schedule = Schedule()
     for name in "abcd":

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from fedge_sim import client_app, records
+from fedge_sim import client, client_app, records
 from fedge_sim.data import FederatedData, federated_data
 from fedge_sim.data.base import (
     CPU,
@@ -392,18 +392,19 @@ def trained(settings) -> list[dict[str, bytes]]:
 
 def test_a_network_kept_warm_changes_nothing(small):
     results = []
-    for keep, built in (("false", 3), ("true", 1)):
+    # Without a GPU, "profile" keeps them. Two networks: to train, and to evaluate.
+    for keep, built in (("false", 6), ("true", 2), ('"profile"', 2)):
         settings = small(f"runtime.keep_warm={keep}")
-        with mock.patch.object(client_app, "build_model", wraps=build_model) as build:
+        with mock.patch.object(client, "build_model", wraps=build_model) as build:
             results.append(trained(settings))
         assert build.call_count == built
-    assert results[0] == results[1]
+    assert results[0] == results[1] == results[2]
 
 
 def test_the_profiles_batches_reach_the_training(small):
     batches = ("hierarchy.batch_size=profile", "hierarchy.accumulation=profile")
     settings = small(*batches, "runtime.gpu_profile=aggressive")
-    with mock.patch.object(client_app.local, "train", wraps=local.train) as spy:
+    with mock.patch.object(local, "train", wraps=local.train) as spy:
         trained(settings)
     used = [call.args[1].settings for call in spy.call_args_list]
     assert [(u.batch_size, u.accumulation) for u in used] == [(128, 2)] * 3

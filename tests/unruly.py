@@ -7,11 +7,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message
 
+from fedge_sim import client_app as ours
 from fedge_sim import records
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import Settings, settings_from_json
@@ -31,11 +33,35 @@ def tries(settings: Settings, client: int) -> int:
     return len(list(Path(settings.data.output_dir).glob(f"try-{client}-*")))
 
 
+def cohorts(settings: Settings) -> list[list[int]]:
+    """Return the cohorts that were trained, largest first; each as its clients."""
+    files = Path(settings.data.output_dir).glob("cohort-*")
+    return sorted((json.loads(file.read_text()) for file in files), key=len, reverse=True)
+
+
 def app(message: Message, context: Context) -> Message:
     """Do as the rules say, then as our ClientApp."""
+    obey(message)
+    return client_app(message, context)
+
+
+def answer_together(messages: Sequence[Message], context: Context) -> list[Message]:
+    """Do as the rules say to each client, then as our ClientApp does with a cohort."""
+    configs = [records.config_of(message) for message in messages]
+    if messages[0].metadata.message_type == "train":
+        folder = Path(settings_from_json(configs[0][records.SETTINGS]).data.output_dir)
+        clients = [config[records.CLIENT_ID] for config in configs]
+        (folder / f"cohort-{time.time_ns()}-{os.getpid()}").write_text(json.dumps(clients))
+    for message in messages:
+        obey(message)
+    return ours.answer_together(messages, context)
+
+
+def obey(message: Message) -> None:
+    """Do to a client that trains what the rules say."""
     config = records.config_of(message)
     if message.metadata.message_type != "train":
-        return client_app(message, context)
+        return
     client = config[records.CLIENT_ID]
     folder = Path(settings_from_json(config[records.SETTINGS]).data.output_dir)
     (folder / f"try-{client}-{time.time_ns()}-{os.getpid()}").touch()
@@ -43,7 +69,6 @@ def app(message: Message, context: Context) -> Message:
     what, times = rules.get(f"c{client}", rules.get("all", ("nothing", 0)))
     if len(list(folder.glob(f"try-{client}-*"))) <= times:
         misbehave(what, client)
-    return client_app(message, context)
 
 
 def misbehave(what: str, client: int) -> None:

@@ -43,5 +43,8 @@ class CNN1D(nn.Module):
         x = x_BCT.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         x = functional.relu(self.bn1(self.conv1(x)), inplace=True)
         x = functional.relu(self.bn2(self.conv2(x)), inplace=True)
-        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        # Its gradient keeps the channels last, which mean(dim=(2, 3)) does not: then the steps
+        # before it take three times as long.
+        x_BTC = x.squeeze(2).transpose(1, 2)
+        logits: Tensor = self.head(x_BTC.mean(dim=1))
         return logits

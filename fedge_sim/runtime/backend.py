@@ -1,14 +1,16 @@
 """Which grid a run gets: this process, or Ray's actors."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 
-from fedge_sim.client_app import app as client_app
+from fedge_sim import client, client_app
 from fedge_sim.config import Runtime, Settings
 from fedge_sim.errors import ConfigError
+from fedge_sim.runtime import sizing
 from fedge_sim.runtime.in_process import InProcessGrid, available_cores
 from fedge_sim.runtime.node import LocalGrid, OnDone
 
@@ -57,8 +59,14 @@ def open_grid(
     settings: Settings,
     on_done: OnDone,
     on_workers: Callable[[Sequence[str]], None],
-) -> Iterator[LocalGrid]:
+) -> Iterator[tuple[LocalGrid, Settings]]:
     """Open the grid that the settings ask for, ready to work; close it at the end.
+
+    Yields
+    ------
+    grid : LocalGrid
+    settings : Settings
+        Those given, with the way to train settled.
 
     Raises
     ------
@@ -74,17 +82,48 @@ def open_grid(
 
         with RayGrid(CLIENT_APP, settings, on_done, on_workers) as grid:
             grid.prepare()
-            yield grid
+            yield grid, grid.settings
     else:
-        for key, problem in (
-            ("client_timeout_s", "a thread cannot be stopped"),
-            ("dashboard", "it is Ray's"),
-        ):
-            if value := getattr(runtime, key):
-                raise ConfigError.at("runtime", key, value, f'{problem}; use backend = "ray"')
-        workers = max(1, cores // runtime.threads_per_client)
-        if runtime.num_workers != "auto":
-            workers = min(workers, runtime.num_workers)
-        on_workers([f"thread-{number}" for number in range(workers)])
-        with InProcessGrid(client_app, workers, runtime, on_done=on_done) as grid:
-            yield grid
+        with _in_process(settings, cores, on_done, on_workers) as both:
+            yield both
+
+
+@contextmanager
+def _in_process(
+    settings: Settings, cores: int, on_done: OnDone, on_workers: Callable[[Sequence[str]], None]
+) -> Iterator[tuple[InProcessGrid, Settings]]:
+    runtime = settings.runtime
+    for key, problem in (
+        ("client_timeout_s", "a thread cannot be stopped"),
+        ("dashboard", "it is Ray's"),
+    ):
+        if value := getattr(runtime, key):
+            raise ConfigError.at("runtime", key, value, f'{problem}; use backend = "ray"')
+    workers = max(1, cores // runtime.threads_per_client)
+    if runtime.num_workers != "auto":
+        workers = min(workers, runtime.num_workers)
+    settings, cohort_size = _settle(settings, workers)
+    on_workers([f"thread-{number}" for number in range(workers)])
+    with InProcessGrid(
+        client_app.app,
+        workers,
+        runtime,
+        on_done=on_done,
+        together=client_app.answer_together,
+        cohort_size=cohort_size,
+    ) as grid:
+        yield grid, settings
+
+
+def _settle(settings: Settings, workers: int) -> tuple[Settings, int]:
+    """Settle how to train, and return the size of a cohort on one of so many threads."""
+    sizing.fixed_cohort(settings.runtime)  # refused, if at all, before anything is measured
+    best = 1
+    if sizing.is_open(settings.runtime):
+        client_app.open_data(settings)  # what a user can mend is found here
+        choice = client.choose(settings)
+        settings, best = sizing.settle(settings, choice), choice.cohort_size
+        log.info("training %s: %s", settings.runtime.training, choice.reason)
+    each = math.ceil(settings.hierarchy.num_clients / workers)
+    size = sizing.fixed_cohort(settings.runtime) or min(best, each, sizing.MAX_COHORT)
+    return sizing.settle_cohort(settings, size), size

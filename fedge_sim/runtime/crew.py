@@ -23,12 +23,14 @@ from fedge_sim.errors import ConfigError, DataError, StalledError, WorkerError
 from fedge_sim.runtime import gpu, sizing
 from fedge_sim.runtime.in_process import available_cores
 from fedge_sim.runtime.sizing import Machine, Need
-from fedge_sim.runtime.trainer import Introduction, Opened, remote_trainer
+from fedge_sim.runtime.trainer import Introduction, Opened, Peak, remote_trainer
+from fedge_sim.training.choice import Choice
 
 log = logging.getLogger(__name__)
 
 CONTROL_SECONDS = 5.0  # for an actor to say what it does
 START_FAILURES = 3  # of one actor in a row, after which it is given up
+PROBED_COHORT = 4  # clients of the cohort whose memory is measured: a larger one follows from it
 MIB = 2**20
 
 
@@ -81,6 +83,8 @@ class Crew:
     workers : list of Worker
         Those that have started, and replacements under way.
     plan : Plan
+    settings : Settings
+        Those given, with the way to train settled by :meth:`prepare`.
     reliefs : int
         How often cohorts or actors were made fewer, for memory.
 
@@ -99,12 +103,14 @@ class Crew:
         run: Run,
         on_change: Callable[[Sequence[str]], None],
     ) -> None:
-        self._client_app, self._settings, self._run = client_app, settings, run
+        self._client_app, self.settings, self._run = client_app, settings, run
         self._on_change = on_change
         self._failed_starts = 0
         self._generation = 0
         self._group: PlacementGroup | None = None
         self._gpu_share = 1.0  # of its GPU's memory, that an actor may take
+        self._need: Need | None = None  # until it has been compared with what is taken
+        self._probed: Worker | None = None  # where that was measured
         self.reliefs = 0
         self.workers: list[Worker] = []
         self._own_ray = not ray.is_initialized()
@@ -120,7 +126,7 @@ class Crew:
 
     def _hire(self) -> None:
         """Start as many actors as cores and GPUs allow; memory is looked at later."""
-        runtime, there = self._settings.runtime, ray.cluster_resources()
+        runtime, there = self.settings.runtime, ray.cluster_resources()
         gpus = int(there.get("GPU", 0))
         threads = runtime.threads_per_client  # which are all on one machine
         cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
@@ -128,7 +134,7 @@ class Crew:
         self._profile = gpu.resolve(runtime, gpus)
         log.info(gpu.describe(self._profile, runtime.gpu_profile, gpus))
         self._machine = Machine(sum(cores), int(there.get("memory", 0)), gpus)
-        self.plan = sizing.plan(self._settings, self._profile, self._machine)
+        self.plan = sizing.plan(self.settings, self._profile, self._machine)
         if gpus and not self.plan.gpus_per_actor:
             log.warning("%d GPUs are there and none is used: num_gpus_per_actor is 0", gpus)
         if self.plan.gpus_per_actor and gpus > 1 and self.plan.actors > 1:
@@ -154,7 +160,7 @@ class Crew:
             for first in range(gpus)
         ]
         group: PlacementGroup = placement_group(bundles)
-        if not group.wait(self._settings.runtime.node_timeout_s):
+        if not group.wait(self.settings.runtime.node_timeout_s):
             remove_placement_group(group)
             raise WorkerError(f"Ray cannot reserve {gpus} GPUs with their actors' cores")
         return group
@@ -165,7 +171,7 @@ class Crew:
             "num_gpus": self.plan.gpus_per_actor,
             "name": f"trainer-{index}" + (f".{self._generation}" if self._generation else ""),
             # Ray keeps a record of every call, for its dashboard, and grows by it.
-            "enable_task_events": self._settings.runtime.dashboard,
+            "enable_task_events": self.settings.runtime.dashboard,
             "scheduling_strategy": "SPREAD" if len(ray.nodes()) > 1 else "DEFAULT",
         }
         if self._group:
@@ -176,7 +182,7 @@ class Crew:
             if self._profile.memory_pool:
                 variables["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
             options["runtime_env"] = {"env_vars": variables}
-        metrics = self._settings.runtime.dashboard
+        metrics = self.settings.runtime.dashboard
         actor = remote_trainer().options(**options)
         handle = actor.remote(index, self._client_app, self._run, metrics)
         return Worker(index, handle, starting=handle.introduce.remote())
@@ -197,7 +203,7 @@ class Crew:
         starting = {w.starting: w for w in self.workers if not w.introduction}
         if not starting:
             return False
-        limit, reason = self._settings.runtime.node_timeout_s, ""
+        limit, reason = self.settings.runtime.node_timeout_s, ""
         started, _ = ray.wait(list(starting), num_returns=len(starting), timeout=0)
         for ref in started:
             worker = starting[ref]
@@ -224,7 +230,7 @@ class Crew:
         return bool(started)
 
     def prepare(self) -> None:
-        """Open the data in every actor, measure the memory of training, and fit the plan to it.
+        """Open the data in every actor, settle how to train, and fit the plan to the memory.
 
         Raises
         ------
@@ -233,38 +239,80 @@ class Crew:
         ConfigError
             If not even one client fits into the memory allowed.
         """
-        text = self._settings.to_json()
-        answers: list[Opened] = self._get([w.actor.open.remote(text) for w in self.workers])
         introductions = [w.introduction for w in self.workers if w.introduction]
-        for who, opened in zip(introductions, answers, strict=True):
-            if opened.error:
-                raise DataError(f"{opened.error} ({who.name} on {who.node})")
-            if opened.content != answers[0].content:
-                there, here = who.node, introductions[0].node
-                path = self._settings.data.data_root
-                raise DataError(f"{path}: the data on {there} are other than those on {here}")
+        self._open(introductions)
+        best_cohort = self._choose()
         gpu_memory = min(who.gpu_memory for who in introductions)
+        machine = replace(self._machine, gpu_memory=gpu_memory)
         if self.plan.gpus_per_actor and not gpu_memory:
             log.warning("Ray gives out GPUs, but torch sees none: clients train on the CPU")
         else:
-            sharing = len(range(0, len(self.workers), max(1, self._machine.gpus)))
-            need: Need = self._get([self.workers[0].actor.probe.remote(text, sharing)])[0]
-            machine = replace(self._machine, gpu_memory=gpu_memory)
-            self.plan = sizing.plan(self._settings, self._profile, machine, need)
-            log.info(
-                "memory: %.0f MiB an actor, and %.0f MiB for each client that it trains",
-                *(need.base / MIB, need.per_client / MIB),
-            )
+            self._need = self._probe(machine, best_cohort)
+        self.plan = sizing.plan(self.settings, self._profile, machine, self._need, best_cohort)
+        self.settings = sizing.settle_cohort(self.settings, self.plan.cohort_size)
         if gpu_memory:
             self._gpu_share = min(1.0, self.plan.memory_cap / gpu_memory)
         for worker in self.workers[self.plan.actors :]:
             self.retire(worker)
         self.plan = replace(self.plan, actors=len(self.workers))  # some may not have started
         self._settle(self.workers)
-        log.info(self.plan.describe(self._settings.hierarchy.num_clients))
+        if self._need:
+            log.info(
+                "memory: %.0f MiB an actor, and %.0f MiB for each client that it trains at a time: "
+                "%.0f MiB with %d",
+                *(self._need.base / MIB, self._need.per_client / MIB),
+                *(self._need.of(self.plan.at_a_time) / MIB, self.plan.at_a_time),
+            )
+        log.info(self.plan.describe(self.settings.hierarchy.num_clients))
         for who in introductions[: len(self.workers)]:
             log.info("%s on %s", who.name, who.node)
         self._tell()
+
+    def _open(self, introductions: Sequence[Introduction]) -> None:
+        """Open the data in every actor: the same everywhere."""
+        text = self.settings.to_json()
+        answers: list[Opened] = self._get([w.actor.open.remote(text) for w in self.workers])
+        for who, opened in zip(introductions, answers, strict=True):
+            if opened.error:
+                raise DataError(f"{opened.error} ({who.name} on {who.node})")
+            if opened.content != answers[0].content:
+                there, here = who.node, introductions[0].node
+                path = self.settings.data.data_root
+                raise DataError(f"{path}: the data on {there} are other than those on {here}")
+
+    def _choose(self) -> int:
+        """Settle how to train, and return the cohort size that is best for it."""
+        if not sizing.is_open(self.settings.runtime):
+            return 1
+        call = self.workers[0].actor.choose.remote(self.settings.to_json())
+        choice: Choice = self._get([call])[0]
+        self.settings = sizing.settle(self.settings, choice)
+        log.info("training %s: %s", self.settings.runtime.training, choice.reason)
+        return choice.cohort_size
+
+    def _probe(self, machine: Machine, best_cohort: int) -> Need:
+        """Measure the memory of one client, and of a small cohort if there are to be cohorts."""
+        sharing = len(range(0, len(self.workers), max(1, machine.gpus)))
+        wanted = sizing.plan(self.settings, self._profile, machine, best_cohort=best_cohort)
+        size = min(wanted.cohort_size, PROBED_COHORT)
+        text, self._probed = self.settings.to_json(), self.workers[0]
+        need: Need = self._get([self._probed.actor.probe.remote(text, sharing, size)])[0]
+        return need
+
+    def compare_memory(self, worker: Worker) -> None:
+        """Once, after the first full cohorts: log what memory they took, beside the prediction."""
+        if self._need is None or worker is not self._probed:
+            return
+        try:
+            peak: Peak = ray.get(worker.actor.peak.remote(), timeout=CONTROL_SECONDS)
+        except RayError:  # too busy to say, or dead
+            return
+        if peak.clients >= self.plan.at_a_time:
+            predicted, self._need = self._need.of(peak.clients), None
+            log.info(
+                "cohort of %d: predicted %.0f MiB, measured %.0f MiB an actor",
+                *(peak.clients, predicted / MIB, peak.memory / MIB),
+            )
 
     def replace(self, worker: Worker) -> None:
         """Start another actor in place of one that is dead, or that is to die."""
@@ -289,6 +337,9 @@ class Crew:
         if (cohort := self.plan.cohort_size) > 1:
             self.plan = replace(self.plan, cohort_size=cohort // 2)
             setting = f"cohort_size = {cohort // 2}"
+        elif (streams := self.plan.streams) > 1:
+            self.plan = replace(self.plan, streams=streams // 2)
+            setting = f"streams = {streams // 2}"
         elif len(self.workers) > 1:
             self.retire(worker)
             self.plan = replace(self.plan, actors=len(self.workers))
@@ -310,7 +361,8 @@ class Crew:
     def _settle(self, workers: Sequence[Worker]) -> None:
         """Tell actors what they may take, before the hands that they are given from now on."""
         for worker in workers:
-            worker.actor.settle.remote(self._gpu_share, self.plan.cohort_size)
+            size = (self._gpu_share, self.plan.cohort_size, self.plan.streams)
+            worker.actor.settle.remote(*size)
 
     def clean(self) -> None:
         """At a round's end: give back memory of the GPU, if the profile says so."""
@@ -341,7 +393,7 @@ class Crew:
         self.workers, self._group, self._own_ray = [], None, False
 
     def _get(self, refs: list[Any]) -> Any:
-        limit = self._settings.runtime.progress_timeout_s
+        limit = self.settings.runtime.progress_timeout_s
         try:
             return ray.get(refs, timeout=limit)
         except GetTimeoutError:

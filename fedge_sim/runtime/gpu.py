@@ -28,7 +28,7 @@ class Profile:
     memory_pool : bool
         Whether torch's allocator grows one pool of GPU memory (``expandable_segments``).
     streams : int
-        Clients that an actor trains side by side, at most, if ``cohort_size`` is ``"auto"``.
+        Cohorts that an actor works on side by side, each on its CUDA stream, at most.
     pipelining : bool
         Whether batches go to the GPU while it computes.
     keep_warm : bool
@@ -93,8 +93,9 @@ _SINGLE_ON_GPU = ("caching", "memory_pool", "streams", "pipelining")
 def resolve(runtime: Runtime, gpus: int) -> Profile:
     """Return the profile of the settings, as it holds on a machine with so many GPUs.
 
-    Without one, or with ``num_gpus_per_actor = 0``, what only a GPU has is off. Batch size and
-    accumulation stay the profile's: the mathematics must not depend on the machine.
+    Without one, or with ``num_gpus_per_actor = 0``, what only a GPU has is off, and networks are
+    kept: it is a GPU's memory that they are not to take. Batch size and accumulation stay the
+    profile's: the mathematics must not depend on the machine.
     """
     profile = PROFILES[runtime.gpu_profile]
     if runtime.num_gpus_per_actor != "auto":
@@ -110,6 +111,7 @@ def resolve(runtime: Runtime, gpus: int) -> Profile:
             memory_pool=False,
             streams=1,
             pipelining=False,
+            keep_warm=True,
         )
     chosen = {key: getattr(runtime, key) for key in keys}
     return replace(profile, **{key: v for key, v in chosen.items() if v != "profile"})

@@ -1,14 +1,14 @@
 """A Flower Grid in this process: messages go straight to the ClientApp, on a few threads.
 
-torch releases the interpreter's lock inside its operators, so threads that train one client
-each use as many cores.
+torch releases the interpreter's lock inside its operators, so threads that each train a client,
+or a cohort of clients, use as many cores.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 
@@ -17,10 +17,13 @@ from flwr.clientapp import ClientApp
 
 from fedge_sim.config import Runtime
 from fedge_sim.runtime.node import (
+    Answer,
     Done,
+    Failure,
     LocalGrid,
     Node,
     OnDone,
+    Together,
     error_reply,
     give_id,
     name_of,
@@ -44,13 +47,17 @@ class InProcessGrid(LocalGrid):
     ----------
     client_app : ClientApp
     workers : int
-        Messages that are worked on at the same time. Results do not depend on it.
+        Cohorts that are worked on at the same time.
     runtime : Runtime, optional
         How often a client that fails is run again, and how long none may get done.
     node_config : UserConfig, optional
         The node's own configuration, as a SuperNode has one.
     on_done : callable, optional
         Told of every message that was answered for good, on the thread that did.
+    together : callable, optional
+        Answers messages of several clients in one step.
+    cohort_size : int
+        Clients that are trained in one such step, at most; halved if memory runs out.
     """
 
     def __init__(
@@ -60,13 +67,16 @@ class InProcessGrid(LocalGrid):
         runtime: Runtime | None = None,
         node_config: UserConfig | None = None,
         on_done: OnDone = tell_nobody,
+        together: Together | None = None,
+        cohort_size: int = 1,
     ) -> None:
         super().__init__()
         self._runtime = runtime or Runtime()
-        self._node = Node(client_app, self.run.run_id, node_config)
+        self._node = Node(client_app, self.run.run_id, node_config, together)
         self._on_done = on_done
+        self._workers, self._cohort_size = workers, cohort_size
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="thread")
-        self._pending: dict[str, Future[Message]] = {}
+        self._pending: dict[str, Future[dict[str, Message]]] = {}  # a cohort's replies, by id
         self._told: set[tuple[str, str]] = set()
         self._progress_at = time.monotonic()
         self._given_up = False  # on threads that hang
@@ -81,12 +91,13 @@ class InProcessGrid(LocalGrid):
         return sum(not future.done() for future in list(self._pending.values()))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue messages, in order, and return their ids."""
+        """Queue messages, in order and in cohorts, and return their ids."""
         self._progress_at = time.monotonic()
-        ids = []
-        for message in messages:
-            ids.append(give_id(message))
-            self._pending[ids[-1]] = self._pool.submit(self._answer, message)
+        messages = list(messages)
+        ids = [give_id(message) for message in messages]
+        for cohort in self._node.cohorts(messages, self._cohort_size, self._workers):
+            future = self._pool.submit(self._answer, cohort)
+            self._pending.update({message.metadata.message_id: future for message in cohort})
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -96,7 +107,7 @@ class InProcessGrid(LocalGrid):
             for message_id in dict.fromkeys(message_ids)
             if message_id in self._pending and self._pending[message_id].done()
         ]
-        return [self._pending.pop(message_id).result() for message_id in ready]
+        return [self._pending.pop(message_id).result()[message_id] for message_id in ready]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -124,7 +135,7 @@ class InProcessGrid(LocalGrid):
             if waiting and self._stalled():
                 self._given_up = True
                 limit = self._runtime.progress_timeout_s
-                raise stalled(limit, len(waiting), "threads", stacks())
+                raise stalled(limit, self.waiting, "threads", stacks())
         replies = self.pull_messages(ids)
         for message_id in ids:
             if late := self._pending.pop(message_id, None):
@@ -135,12 +146,32 @@ class InProcessGrid(LocalGrid):
         quiet = time.monotonic() - self._progress_at
         return bool(self._pending) and quiet > self._runtime.progress_timeout_s
 
-    def _answer(self, message: Message) -> Message:
-        """Run the ClientApp, again if it fails; in the end the failure is the reply."""
+    def _answer(self, cohort: Sequence[Message]) -> dict[str, Message]:
+        """Run the ClientApp on a cohort, and again on each that fails; return replies by id."""
+        answers = self._node.answer_all(cohort)
+        self._progress_at = time.monotonic()
+        if len(cohort) > 1 and all(_out_of_memory(answer) for answer in answers):
+            return self._halve(cohort)
+        return {
+            message.metadata.message_id: self._finish(message, answer)
+            for message, answer in zip(cohort, answers, strict=True)
+        }
+
+    def _halve(self, cohort: Sequence[Message]) -> dict[str, Message]:
+        half, hint = len(cohort) // 2, ""
+        if half < self._cohort_size:
+            self._cohort_size = half
+            hint = f"; next time set runtime.cohort_size = {half}"
+        log.warning("a cohort of %d ran out of memory, and is halved%s", len(cohort), hint)
+        return self._answer(cohort[:half]) | self._answer(cohort[half:])
+
+    def _finish(self, message: Message, answer: Answer) -> Message:
+        """Return the reply in an answer; try again if there is none, and in the end say so."""
         tries = self._runtime.max_retries + 1
         for number in range(1, tries + 1):
-            answer = self._node.answer(message)
-            self._progress_at = time.monotonic()
+            if number > 1:
+                answer = self._node.answer(message)
+                self._progress_at = time.monotonic()
             if isinstance(answer.result, Message):
                 reply = answer.result
                 break
@@ -156,3 +187,7 @@ class InProcessGrid(LocalGrid):
         worker = threading.current_thread().name.replace("_", "-")
         self._on_done(Done(reply, worker, answer.started, answer.ended))
         return reply
+
+
+def _out_of_memory(answer: Answer) -> bool:
+    return isinstance(answer.result, Failure) and answer.result.out_of_memory

@@ -1,7 +1,8 @@
 """What our grids have in common: the node that answers messages, and the grid around it.
 
 Both grids have one node, which serves every client; how many threads or actors stand behind
-it is nobody else's business.
+it is nobody else's business. Messages of several clients may be answered together, as a cohort,
+in one vectorised step.
 """
 
 import logging
@@ -11,24 +12,30 @@ import time
 import traceback
 import uuid
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict, UserConfig
+from flwr.app import Context, Error, Message, MessageType, RecordDict, UserConfig
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedge_sim import records
 from fedge_sim.errors import FedgeError, StalledError
 from fedge_sim.records import Address
 
 log = logging.getLogger(__name__)
 
 NODE_ID = 2  # the only node; 1 is the server's own
+# Clients evaluated together where each trains alone: an evaluation keeps nothing for a step back.
+EVALUATED_TOGETHER = 16
+# Of a worker's fair share of what is to be evaluated, that one cohort may be.
+EVALUATED_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Done:
 
 
 OnDone = Callable[[Done], None]
+Together = Callable[[Sequence[Message], Context], list[Message]]  # the replies in their order
 
 
 def tell_nobody(_: Done) -> None:
@@ -89,12 +97,18 @@ class Node:
     run_id : int
     node_config : UserConfig, optional
         The node's own configuration, as a SuperNode has one.
+    together : callable, optional
+        Answers messages of several clients in one step; see :func:`cohorts`.
     """
 
     def __init__(
-        self, client_app: ClientApp, run_id: int, node_config: UserConfig | None = None
+        self,
+        client_app: ClientApp,
+        run_id: int,
+        node_config: UserConfig | None = None,
+        together: Together | None = None,
     ) -> None:
-        self._app = client_app
+        self._app, self._together = client_app, together
         self._context = Context(
             run_id=run_id,
             node_id=NODE_ID,
@@ -102,6 +116,14 @@ class Node:
             state=RecordDict(),
             run_config={},
         )
+
+    def cohorts(
+        self, messages: Sequence[Message], size: int, workers: int = 1
+    ) -> list[list[Message]]:
+        """Split messages as :func:`cohorts` does, or into single ones if none go together."""
+        if self._together is None:
+            return [[message] for message in messages]
+        return cohorts(messages, size, workers)
 
     def answer(self, message: Message) -> Answer:
         """Run the ClientApp; what it raises becomes a failure."""
@@ -111,11 +133,138 @@ class Node:
             result = self._app(message, self._context)
             give_id(result)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            # A user's mistake needs no traceback.
-            details = "" if isinstance(error, FedgeError) else traceback.format_exc()
-            result = Failure(reason, details, _is_out_of_memory(error))
+            result = _failure(error)
         return Answer(result, started, time.time())
+
+    def answer_all(self, messages: Sequence[Message]) -> list[Answer]:
+        """Answer a cohort, in one step if it is more than one message.
+
+        If that runs out of memory, all have; if it fails otherwise, each is answered alone, so
+        that only the culprit fails.
+        """
+        if len(messages) == 1 or self._together is None:
+            return [self.answer(message) for message in messages]
+        started = time.time()
+        results: Sequence[Message | Failure]
+        try:
+            results = self._together(messages, self._context)
+            if len(results) != len(messages):
+                raise ValueError(f"{len(results)} replies to {len(messages)} messages")
+            for reply in results:
+                give_id(reply)
+        except Exception as error:
+            failure = _failure(error)
+            if not failure.out_of_memory:
+                names = ", ".join(map(name_of, messages))
+                log.warning("cohort failed, each is run alone: %s; %s", failure.reason, names)
+                return [self.answer(message) for message in messages]
+            results = [failure] * len(messages)
+        spans = _slices(messages, started, time.time())
+        return [Answer(result, *span) for result, span in zip(results, spans, strict=True)]
+
+
+def _failure(error: Exception) -> Failure:
+    # A user's mistake needs no traceback.
+    details = "" if isinstance(error, FedgeError) else traceback.format_exc()
+    return Failure(f"{type(error).__name__}: {error}", details, _is_out_of_memory(error))
+
+
+def _slices(
+    messages: Sequence[Message], started: float, ended: float
+) -> Iterator[tuple[float, float]]:
+    """Divide the time that a cohort took among its messages, by their work."""
+    work = [records.work_of(message) for message in messages]
+    total, done, cuts = sum(work) or 1.0, 0.0, [started]
+    for amount in work:
+        done += amount
+        cuts.append(started + (ended - started) * done / total)
+    return pairwise([*cuts[:-1], ended])
+
+
+def cohorts(messages: Sequence[Message], size: int, workers: int = 1) -> list[list[Message]]:
+    """Split messages into groups that may each be answered together.
+
+    Messages to train are of a group if their settings are equal; messages to evaluate if they
+    also carry the same model and ask for the same of it. All others stay alone.
+
+    Parameters
+    ----------
+    messages : sequence of Message
+        Those with most work first, so that a group's are of similar length.
+    size : int
+        The most in a group; where it is 1, clients are evaluated together all the same.
+    workers : int
+        How many share the groups, and are to be busy for equally long.
+
+    Returns
+    -------
+    list of list of Message
+        In the order of their first messages, and these in the order given.
+    """
+    work = [records.work_of(message) for message in messages]
+    trained: dict[object, list[int]] = {}
+    evaluated: dict[object, list[int]] = {}
+    groups: list[list[int]] = []
+    for place, message in enumerate(messages):
+        if (kind := _kind(message)) is None:
+            groups.append([place])
+        else:
+            kinds = trained if message.metadata.message_type == MessageType.TRAIN else evaluated
+            kinds.setdefault(kind, []).append(place)
+    for places in trained.values():
+        groups += _even_parts(places, work, size, workers)
+    share = sum(work[place] for places in evaluated.values() for place in places) / workers
+    largest = share * EVALUATED_SHARE if workers > 1 else share
+    for places in evaluated.values():
+        groups += _small_parts(places, work, size if size > 1 else EVALUATED_TOGETHER, largest)
+    return [[messages[place] for place in group] for group in sorted(groups)]
+
+
+def _even_parts(
+    places: Sequence[int], work: Sequence[float], size: int, workers: int
+) -> list[list[int]]:
+    """Cut into runs of about equal work, for all workers as many; ``size`` is the most of one."""
+    waves = -(-len(places) // (size * workers))
+    total = sum(work[place] for place in places) or 1.0
+    most = min(size, -(-len(places) // workers))
+    groups: list[list[int]] = []
+    done, last = 0.0, -1
+    for place in places:
+        part = int((done + work[place] / 2) / total * waves * workers)
+        if part != last or len(groups[-1]) == most:
+            groups.append([])
+        groups[-1].append(place)
+        done, last = done + work[place], part
+    return groups
+
+
+def _small_parts(
+    places: Sequence[int], work: Sequence[float], size: int, largest: float
+) -> list[list[int]]:
+    """Cut into runs of at most so many, and so much work unless it is a single one's."""
+    groups: list[list[int]] = []
+    total = 0.0
+    for place in places:
+        total += work[place]
+        if not groups or len(groups[-1]) == size or total > largest:
+            groups.append([])
+            total = work[place]
+        groups[-1].append(place)
+    return groups
+
+
+def _kind(message: Message) -> object:
+    """Return what messages have in common that may be answered together; None if none may."""
+    kind = message.metadata.message_type
+    config = message.content.config_records.get(records.CONFIG)
+    if config is None or kind not in (MessageType.TRAIN, MessageType.EVALUATE):
+        return None
+    settings = config.get(records.SETTINGS)
+    if kind == MessageType.TRAIN:
+        return kind, settings
+    splits = tuple(config.get(records.SPLITS, ()))  # type: ignore[arg-type]
+    model = message.content.array_records.get(records.ARRAYS)
+    return kind, settings, config.get(records.PURPOSE), splits, id(model)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 
 from fedge_sim import records
@@ -114,8 +114,13 @@ class RayGrid(LocalGrid):
         self.crew = Crew(client_app, settings, self.run, on_workers)
         gc.freeze()  # what is imported stays: no pass of the collector need look at it
 
+    @property
+    def settings(self) -> Settings:
+        """The settings given, with the way to train settled by :meth:`prepare`."""
+        return self.crew.settings
+
     def prepare(self) -> None:
-        """Open the data in every actor, and fit number and size of the actors to the memory.
+        """Open the data in every actor, settle how to train, and fit the actors to the memory.
 
         Raises
         ------
@@ -204,10 +209,14 @@ class RayGrid(LocalGrid):
     def _deal(self) -> None:
         """Give every actor a hand, and a second one where hands are short."""
         ready = [worker for worker in self.crew.workers if worker.introduction]
-        for held in (0, 1):
-            for worker in ready:
-                if len(worker.calls) == held and (held == 0 or self._is_short(worker)):
-                    self._hand_out(worker, len(ready))
+        idle = [worker for worker in ready if not worker.calls]
+        for place, worker in enumerate(idle):
+            # At the start all share what waits; later what waits is for those at work, too.
+            sharing = len(idle) - place if len(idle) == len(ready) else len(ready)
+            self._hand_out(worker, len(ready), sharing)
+        for worker in ready:
+            if len(worker.calls) == 1 and self._is_short(worker):
+                self._hand_out(worker, len(ready), len(ready))
 
     def _is_short(self, worker: Worker) -> bool:
         seconds = [
@@ -216,10 +225,11 @@ class RayGrid(LocalGrid):
         ]
         return None not in seconds and sum(s or 0.0 for s in seconds) <= 2 * HAND_SECONDS
 
-    def _hand_out(self, worker: Worker, num_workers: int) -> None:
+    def _hand_out(self, worker: Worker, num_workers: int, sharing: int) -> None:
         tasks: list[_Task] = []
+        plan = self.crew.plan
         while not tasks and self._schedule:
-            dealt = self._schedule.deal(num_workers, self.crew.plan.cohort_size)
+            dealt = self._schedule.deal(num_workers, plan.cohort_size, plan.streams, sharing)
             tasks = [task for task in dealt if task.id in self._open]  # the others were dropped
         if not tasks:
             return
@@ -266,9 +276,10 @@ class RayGrid(LocalGrid):
         self._take_in(hand, answers)
 
     def _take_in(self, hand: _Hand, answers: Sequence[Answer]) -> None:
-        hungry = []
+        hungry, trained = [], 0
         for task, answer in zip(hand.tasks, answers, strict=True):
             if isinstance(answer.result, Message):
+                trained += task.kind == MessageType.TRAIN
                 new = self._estimates.expect(task.kind, None, 1.0) is None
                 self._estimates.learn(task.kind, task.key, task.work, answer.ended - answer.started)
                 if new:  # now it is known how long those that wait will take
@@ -284,8 +295,10 @@ class RayGrid(LocalGrid):
                 self._queue(task)
         else:
             for task in hungry:
-                reason = "out of memory, alone on the only actor: use a smaller batch_size"
-                self._failed(task, Failure(reason), hand.worker.name)
+                hint = ", alone on the only actor: use a smaller batch_size" if task.alone else ""
+                self._blame([task], Failure(f"out of memory{hint}"), hand.worker.name)
+        if trained >= self.crew.plan.at_a_time:
+            self.crew.compare_memory(hand.worker)
 
     def _take_back(self, call: Any) -> None:
         worker = self._running.pop(call).worker
@@ -322,9 +335,9 @@ class RayGrid(LocalGrid):
             self._finish(task, reply, worker, answer)
 
     def _blame(self, tasks: Sequence[_Task], failure: Failure, worker: str) -> None:
-        """Count a failure of a whole hand against the task that was to be alone, else against none.
+        """Count a failure of several against the task that was to be alone, else against none.
 
-        An actor may die of another's fault, or while it has nothing to do.
+        A cohort may hang, and an actor die, of one client's fault, or while it has nothing to do.
         """
         for task in tasks:
             if task.alone:
@@ -405,9 +418,8 @@ class RayGrid(LocalGrid):
         self._progress_at = time.monotonic()
         self.crew.replace(worker)
         failure = Failure(f"no reply within {limit:g} s (client_timeout_s)")
-        if at_work:
-            for task in late:
-                self._failed(task, failure, worker.name)
+        if at_work and len(late) == 1:
+            self._failed(late[0], failure, worker.name)
         else:
             self._blame(late, failure, worker.name)
         for task in (task for tasks in hands for task in tasks if task not in late):

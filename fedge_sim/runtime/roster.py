@@ -17,6 +17,8 @@ from fedge_sim import records
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import DataError, RosterError
+from fedge_sim.runtime import sizing
+from fedge_sim.training.choice import Choice
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,25 @@ def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSum
     )
 
 
+def settle_training(grid: Grid, roster: Mapping[int, int], settings: Settings) -> Settings:
+    """Have a node measure how to train, where the settings leave it open; all do the same then.
+
+    Raises
+    ------
+    RosterError
+        If the node does not answer.
+    """
+    if not sizing.is_open(settings.runtime):
+        return settings
+    client, node = min(roster.items())
+    config = ConfigRecord({records.SETTINGS: settings.to_json()})
+    question = records.instruction(node, records.ASK_TRAINING, config)
+    answer = _contents(grid.send_and_receive([question]), {node: [client]})[node]
+    choice = Choice(**answer)
+    log.info("training %s: %s", choice.training, choice.reason)
+    return sizing.settle(settings, choice)
+
+
 def _contents(
     replies: Iterable[Message], clients_of: Mapping[int, Sequence[int]]
 ) -> dict[int, dict[str, Any]]:
@@ -159,6 +180,6 @@ def _contents(
         if node not in answers:
             raise RosterError(
                 f"node {node}, which serves client {', '.join(map(str, clients))}, did not "
-                f"describe its data: {reasons.get(node, 'no answer')}"
+                f"answer: {reasons.get(node, 'nothing came')}"
             )
     return answers

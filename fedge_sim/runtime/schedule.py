@@ -47,6 +47,7 @@ class _Entry:
     priority: float
     place: int
     job: object = field(compare=False)
+    work: float = field(compare=False)
     seconds: float | None = field(compare=False)
     alone: bool = field(compare=False)
 
@@ -57,7 +58,7 @@ class Schedule(Generic[T]):
     def __init__(self) -> None:
         self._heap: list[_Entry] = []
         self._places = count()
-        self._waiting = 0.0  # expected seconds of all that wait
+        self._waiting = self._work = 0.0  # expected seconds, and work, of all that wait
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -76,47 +77,63 @@ class Schedule(Generic[T]):
             Whether it must not share a hand.
         """
         priority = -(work if seconds is None else seconds)
-        heapq.heappush(self._heap, _Entry(priority, next(self._places), job, seconds, alone))
+        heapq.heappush(self._heap, _Entry(priority, next(self._places), job, work, seconds, alone))
         self._waiting += seconds or 0.0
+        self._work += work
 
-    def deal(self, workers: int, cohort: int = 1) -> list[T]:
+    def deal(
+        self, workers: int, cohort: int = 1, streams: int = 1, sharing: int | None = None
+    ) -> list[T]:
         """Take out the next hand: the longest job, and more while all are short.
 
         Parameters
         ----------
         workers : int
             Actors that share what waits: no hand is more than half of one's fair share, but
-            for what is short anyway.
-        cohort : int
-            Jobs that an actor works on at a time: so many are in a hand, however long.
+            for what is short anyway, and what is done at a time.
+        cohort, streams : int
+            An actor does so many jobs together, and so many cohorts side by side: those are in
+            a hand, however long, up to a fair share.
+        sharing : int, optional
+            Actors that this share is for; ``workers`` if not given.
 
         Returns
         -------
         list of T
             Empty if nothing waits.
         """
-        fair = min(HAND_SECONDS, max(LEAST_SECONDS, self._waiting / (2 * workers))) * cohort
-        at_a_time = min(cohort, max(1, -(-len(self._heap) // workers)))
+        least, most = LEAST_SECONDS * streams, HAND_SECONDS * streams
+        short = min(most, max(least, self._waiting / (2 * workers)))
+        sharing = sharing or workers
+        at_a_time = min(cohort * streams, -(-len(self._heap) // sharing))
+        share = self._work / sharing
         hand: list[T] = []
-        total: float = 0.0
-        while self._heap and len(hand) < max(HAND_SIZE, cohort):
+        seconds: float = 0.0
+        work: float = 0.0
+        while self._heap and len(hand) < max(HAND_SIZE, at_a_time):
             entry = self._heap[0]
-            short = entry.seconds is not None and total + entry.seconds <= fair
-            if hand and (entry.alone or not (short or len(hand) < at_a_time)):
+            is_short = entry.seconds is not None and seconds + entry.seconds <= short
+            at_once = len(hand) < at_a_time and work + entry.work / 2 <= share
+            if hand and (entry.alone or not (is_short or at_once)):
                 break
-            heapq.heappop(self._heap)
+            self._take()
             hand.append(entry.job)  # type: ignore[arg-type]
-            total += entry.seconds or 0.0
-            self._waiting -= entry.seconds or 0.0
+            seconds += entry.seconds or 0.0
+            work += entry.work
             if entry.alone:
                 break
-        if not self._heap:
-            self._waiting = 0.0  # and no rounding is left over
         return hand
+
+    def _take(self) -> None:
+        entry = heapq.heappop(self._heap)
+        self._waiting -= entry.seconds or 0.0
+        self._work -= entry.work
+        if not self._heap:
+            self._waiting = self._work = 0.0  # and no rounding is left over
 
     def drop(self) -> list[T]:
         """Take out all that waits."""
         jobs = [entry.job for entry in sorted(self._heap)]
         self._heap.clear()
-        self._waiting = 0.0
+        self._waiting = self._work = 0.0
         return jobs  # type: ignore[return-value]

@@ -4,6 +4,7 @@ Its ordinary calls work on messages, one hand at a time; those of the group "con
 meanwhile, so that the grid can ask what goes on.
 """
 
+import ctypes
 import gc
 import importlib
 import os
@@ -22,11 +23,12 @@ from typing import Any, TypeAlias
 import psutil
 import ray
 import torch
-from flwr.app import ArrayRecord, Message
+from flwr.app import ArrayRecord, Message, MessageType
 from flwr.clientapp import ClientApp
 from flwr.supercore.run import Run
 from ray.util.metrics import Gauge
 
+from fedge_sim import client
 from fedge_sim import client_app as our_client_app
 from fedge_sim.config import settings_from_json
 from fedge_sim.data import federated_data
@@ -34,6 +36,7 @@ from fedge_sim.errors import FedgeError
 from fedge_sim.runtime import node
 from fedge_sim.runtime.node import Answer, Failure, Node, identify
 from fedge_sim.runtime.sizing import Need
+from fedge_sim.training.choice import Choice
 
 CONTROL = "control"  # the concurrency group
 KEPT_MODELS, KEPT_BYTES = 8, 256 * 2**20  # at most, of the newest rounds and leaf servers
@@ -82,6 +85,22 @@ class Opened:
     content: str = ""
 
 
+@dataclass(frozen=True)
+class Peak:
+    """The most memory that an actor has taken since it was probed, and for what.
+
+    Attributes
+    ----------
+    memory : int
+        Bytes, counted as :class:`Need` counts them.
+    clients : int
+        The most that it trained at a time; 0 if it has trained none.
+    """
+
+    memory: int
+    clients: int
+
+
 class Trainer:
     """A process that runs the ClientApp on messages.
 
@@ -89,7 +108,7 @@ class Trainer:
     ----------
     index : int
     client_app : str
-        ``"module:attribute"``.
+        ``"module:attribute"``; the module's ``answer_together``, if it has one, answers cohorts.
     run : Run
     metrics : bool
         Whether to report memory to Ray's dashboard.
@@ -102,15 +121,18 @@ class Trainer:
         place = f"cuda:{','.join(gpus)}" if gpus else "cpu"
         self._name = f"trainer-{index} {place} {share:g}"  # first: Ray asks for it on any error
         identify(run)
-        module, _, attribute = client_app.partition(":")
-        app: ClientApp = getattr(importlib.import_module(module), attribute)
-        self._node = Node(app, run.run_id)
+        name, _, attribute = client_app.partition(":")
+        module = importlib.import_module(name)
+        app: ClientApp = getattr(module, attribute)
+        self._node = Node(app, run.run_id, together=getattr(module, "answer_together", None))
         self._models: OrderedDict[ModelRef, ArrayRecord] = OrderedDict()
         self._kept = 0
-        self._at_work: dict[str, float] = {}  # message id -> start
+        self._at_work: dict[str, tuple[float, int]] = {}  # message id -> start, clients in cohort
         self._on_gpu = bool(gpus) and torch.cuda.is_available()
         self._pool = ThreadPoolExecutor(1, initializer=self._take_stream)
-        self._side_by_side = 1
+        self._streams = self._cohort_size = 1
+        self._at_rest = 0, 0  # memory when it was probed: of its own, and as the peak is counted
+        self._trained_at_a_time = 0
         if self._on_gpu:  # the same bits again
             torch.backends.cudnn.deterministic = True
         gc.freeze()  # what is imported stays: no pass of the collector need look at it
@@ -147,8 +169,12 @@ class Trainer:
             return Opened(error=str(error))
         return Opened(content=data.dataset.content)
 
-    def probe(self, settings: str, sharing: int) -> Need:
-        """Measure the memory of training: train the client with most examples for a few batches.
+    def choose(self, settings: str) -> Choice:
+        """Measure which way to train is fastest, on a thread that trains clients."""
+        return self._pool.submit(client.choose, settings_from_json(settings)).result()
+
+    def probe(self, settings: str, sharing: int, cohort_size: int) -> Need:
+        """Measure the memory of training, for a few batches of the clients with most examples.
 
         Parameters
         ----------
@@ -156,46 +182,78 @@ class Trainer:
             As JSON.
         sharing : int
             Actors on this GPU, this one included.
+        cohort_size : int
+            Clients of the larger of two measurements; what one takes follows from both, if it is
+            above 1.
         """
+        loaded = settings_from_json(settings)
 
-        def train() -> None:  # on a thread that trains clients, with what that needs
-            self._pool.submit(our_client_app.probe, settings_from_json(settings)).result()
+        def growth(clients: int) -> int:  # on a thread that trains clients, with what that needs
+            self.clean()
+            self._reset_peak()
+            before = self._memory()
+            self._pool.submit(client.probe, loaded, clients).result()
+            return self._peak() - before
 
-        train()  # what is there once: libraries, data
+        sizes = [1, cohort_size] if cohort_size > 1 else [1]
+        for size in sizes:  # what is there once: libraries, data
+            growth(size)
         self.clean()
-        base = self._own_memory(sharing)
+        base, before = self._own_memory(sharing), self._memory()
+        grown = [growth(size) for size in sizes]
+        per_client = max(1, (grown[-1] - grown[0]) // (cohort_size - 1) if grown[1:] else grown[0])
+        self.clean()
         self._reset_peak()
-        before = self._memory()
-        train()
-        return Need(base=base, per_client=max(1, self._peak() - before))
+        self._at_rest = base, before
+        return Need(base=max(0, base + grown[0] - per_client), per_client=per_client)
 
-    def settle(self, memory_share: float, cohort_size: int) -> None:
+    def settle(self, memory_share: float, cohort_size: int, streams: int) -> None:
         """Take the size that the plan gave: the share of the GPU's memory is a hard limit."""
         if self._on_gpu:
             torch.cuda.set_per_process_memory_fraction(memory_share)
-        if cohort_size != self._side_by_side:
+        self._cohort_size = cohort_size
+        if streams != self._streams:
             self._pool.shutdown()
-            self._pool = ThreadPoolExecutor(cohort_size, initializer=self._take_stream)
-            self._side_by_side = cohort_size
+            self._pool = ThreadPoolExecutor(streams, initializer=self._take_stream)
+            self._streams = streams
 
     def work(self, jobs: Sequence[Job], models: Sequence[ModelRef]) -> list[Answer]:
-        """Answer messages, as many side by side as the cohort size says."""
+        """Answer messages, in cohorts, of which each stream works on one at a time."""
         records = [self._model(ref) for ref in models]
-        return list(self._pool.map(lambda job: self._answer(job, records), jobs))
+        for job in jobs:
+            for name, place in job.models.items():
+                job.message.content[name] = records[place]
+        messages = [job.message for job in jobs]
+        cohorts = self._node.cohorts(messages, self._cohort_size, self._streams)
+        answers: dict[str, Answer] = {}
+        for cohort, found in zip(cohorts, self._pool.map(self._answer, cohorts), strict=True):
+            answers.update(zip((m.metadata.message_id for m in cohort), found, strict=True))
+        return [answers[message.metadata.message_id] for message in messages]
 
     def clean(self) -> None:
         """Give back the memory that torch holds and does not use."""
         gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
+        elif sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)  # glibc's, of the host's memory
 
     # ------------------------------------------------------------------ control
 
     @ray.method(concurrency_group=CONTROL)
     def at_work(self) -> dict[str, float]:
-        """Return the ids of the messages under way, and for how many seconds."""
+        """Return the ids of the messages under way, and for how many seconds.
+
+        A cohort's time is divided equally among its messages.
+        """
         now = time.monotonic()
-        return {message_id: now - start for message_id, start in list(self._at_work.items())}
+        return {name: (now - start) / n for name, (start, n) in list(self._at_work.items())}
+
+    @ray.method(concurrency_group=CONTROL)
+    def peak(self) -> Peak:
+        """Return the most memory since this actor was probed."""
+        own, memory = self._at_rest
+        return Peak(own + self._peak() - memory, self._trained_at_a_time)
 
     @ray.method(concurrency_group=CONTROL)
     def stacks(self) -> str:
@@ -204,8 +262,8 @@ class Trainer:
 
     @ray.method(concurrency_group=CONTROL)
     def cohort_size(self) -> int:
-        """Return how many clients are trained side by side."""
-        return self._side_by_side
+        """Return how many clients are trained together."""
+        return self._cohort_size
 
     @ray.method(concurrency_group=CONTROL)
     def times_opened(self) -> int:
@@ -214,19 +272,21 @@ class Trainer:
 
     # ------------------------------------------------------------------ inside
 
-    def _answer(self, job: Job, records: Sequence[ArrayRecord]) -> Answer:
-        for name, place in job.models.items():
-            job.message.content[name] = records[place]
-        message_id = job.message.metadata.message_id
-        self._at_work[message_id] = time.monotonic()
+    def _answer(self, cohort: Sequence[Message]) -> list[Answer]:
+        ids = [message.metadata.message_id for message in cohort]
+        self._at_work.update(dict.fromkeys(ids, (time.monotonic(), len(ids))))
+        if cohort[0].metadata.message_type == MessageType.TRAIN:
+            self._trained_at_a_time = max(self._trained_at_a_time, len(self._at_work))
         try:
-            answer = self._node.answer(job.message)
+            answers = self._node.answer_all(cohort)
         finally:
-            del self._at_work[message_id]
-        if isinstance(failure := answer.result, Failure) and failure.breaks_the_gpu:
-            print(failure.details, file=sys.stderr, flush=True)
-            os._exit(1)  # nothing works in this process any more; it is replaced
-        return answer
+            for message_id in ids:
+                del self._at_work[message_id]
+        for failure in (answer.result for answer in answers):
+            if isinstance(failure, Failure) and failure.breaks_the_gpu:
+                print(failure.details, file=sys.stderr, flush=True)
+                os._exit(1)  # nothing works in this process any more; it is replaced
+        return answers
 
     def _model(self, ref: ModelRef) -> ArrayRecord:
         if ref not in self._models:
@@ -240,10 +300,14 @@ class Trainer:
         return self._models[ref]
 
     def _memory(self) -> int:
-        return torch.cuda.memory_reserved() if self._on_gpu else psutil.Process().memory_info().rss
+        """Return what this process holds now, but for what it shares: the data, libraries."""
+        if self._on_gpu:
+            return torch.cuda.memory_reserved()
+        memory = psutil.Process().memory_info()
+        return int(memory.rss - getattr(memory, "shared", 0))
 
     def _take_stream(self) -> None:
-        """Give a thread its own CUDA stream: clients side by side need not wait for each other."""
+        """Give a thread its own CUDA stream: cohorts side by side need not wait for each other."""
         if self._on_gpu:
             torch.cuda.set_stream(torch.cuda.Stream())
 
@@ -269,7 +333,7 @@ class Trainer:
         if not status.exists():  # not Linux
             return self._memory()
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(fields["VmHWM"].split()[0]) * 1024
+        return int(fields["VmHWM"].split()[0]) * 1024 - int(psutil.Process().memory_info().shared)
 
     def _report_memory(self) -> None:
         gauge = Gauge(

@@ -91,7 +91,7 @@ class ClientUpdate:
     seconds : float
         Of computation; clients that trained in one step share its time by their examples.
     path : str
-        Which way to train it was: its :attr:`Path.name`.
+        Which way to train it was: its :attr:`TrainingPath.name`.
     """
 
     arrays: Arrays
@@ -101,7 +101,7 @@ class ClientUpdate:
     path: str
 
 
-class Path(Protocol):
+class TrainingPath(Protocol):
     """A way to train: the same mathematics and the same order of examples, at its own speed.
 
     An object works for one thread at a time.
@@ -125,6 +125,8 @@ def epochs(task: ClientTask) -> Iterator[list[list[NDArray[np.int64]]]]:
     epoch = 0
     while left > 0 if settings.local_steps else epoch < settings.local_epochs:
         steps = list(_steps(task.order.permutation(task.rows), settings))
+        if not steps:
+            return  # nor has any other epoch one: local_steps would never be done
         if settings.local_steps:
             steps = steps[:left]
             left -= len(steps)

@@ -53,12 +53,14 @@ class Reference:
     ----------
     network : nn.Module
         Of any values, where clients are to train.
+    autocast : torch.dtype, optional
+        Of the forward pass, if not the parameters' own.
     """
 
     name = "reference"
 
-    def __init__(self, network: nn.Module) -> None:
-        self._network = network
+    def __init__(self, network: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self._network, self._autocast = network, autocast
 
     def train(self, clients: Sequence[ClientTask]) -> list[ClientUpdate]:
         """Train clients, each from its own start."""
@@ -66,12 +68,12 @@ class Reference:
 
     def _train(self, task: ClientTask) -> ClientUpdate:
         load_arrays(self._network, task.start)
-        result = train(self._network, task)
+        result = train(self._network, task, self._autocast)
         arrays = model_arrays(self._network)
         return ClientUpdate(arrays, result.steps, result.loss, result.seconds, self.name)
 
 
-def train(model: nn.Module, task: ClientTask) -> TrainResult:
+def train(model: nn.Module, task: ClientTask, autocast: torch.dtype | None = None) -> TrainResult:
     """Train a model in place on one client's examples, where its parameters are.
 
     Parameters
@@ -79,6 +81,8 @@ def train(model: nn.Module, task: ClientTask) -> TrainResult:
     model : nn.Module
         Holds the start values.
     task : ClientTask
+    autocast : torch.dtype, optional
+        Of the forward pass, if not the parameters' own.
     """
     started = time.perf_counter()
     settings = task.settings
@@ -96,7 +100,8 @@ def train(model: nn.Module, task: ClientTask) -> TrainResult:
             total = sum(map(len, batches))
             for batch in batches:
                 x, y = task.examples.batch(batch, device)
-                logits = model(x.to(dtype))
+                with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                    logits = model(x.to(dtype))
                 loss = functional.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
                 share = torch.full_like(loss, len(batch) / total)
                 loss.backward(share)

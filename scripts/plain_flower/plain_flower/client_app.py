@@ -3,9 +3,11 @@
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import nn
 from torch.utils.data import TensorDataset
 
-from plain_flower.task import Net, load_data, test
+from plain_flower.networks import NETWORKS
+from plain_flower.task import DEVICE, load_data, test
 from plain_flower.task import train as fit
 
 torch.set_num_threads(1)  # an actor has one core
@@ -15,7 +17,7 @@ app = ClientApp()
 
 @app.train()
 def train(msg: Message, context: Context) -> Message:
-    """Train the received model on the client's training windows; send it back if "empty"."""
+    """Train the received model on the client's training examples; send it back if "empty"."""
     if context.run_config["empty"]:
         metrics = MetricRecord({"num-examples": 1})
         return Message(
@@ -34,17 +36,20 @@ def train(msg: Message, context: Context) -> Message:
 
 @app.evaluate()
 def evaluate(msg: Message, context: Context) -> Message:
-    """Evaluate the received model on the client's test windows."""
+    """Evaluate the received model on the client's test examples."""
     net, (_, data) = _prepare(msg, context)
     loss, accuracy = test(net, data, context.run_config)
     metrics = MetricRecord({"eval_loss": loss, "eval_acc": accuracy, "num-examples": len(data)})
     return Message(content=RecordDict({"metrics": metrics}), reply_to=msg)
 
 
-def _prepare(msg: Message, context: Context) -> tuple[Net, tuple[TensorDataset, TensorDataset]]:
-    net = Net(int(context.run_config["num-classes"]))
+def _prepare(
+    msg: Message, context: Context
+) -> tuple[nn.Module, tuple[TensorDataset, TensorDataset]]:
+    config = context.run_config
+    net = NETWORKS[str(config["model"])](int(config["num-classes"]))
     arrays = msg.content["arrays"]
     assert isinstance(arrays, ArrayRecord)
     net.load_state_dict(arrays.to_torch_state_dict())
-    root, client = str(context.run_config["data-root"]), int(context.node_config["partition-id"])
-    return net, load_data(root, client)
+    client = int(context.node_config["partition-id"])
+    return net.to(DEVICE), load_data(str(config["data-root"]), client)

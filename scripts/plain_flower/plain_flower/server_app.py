@@ -10,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from plain_flower.task import Net
+from plain_flower.networks import NETWORKS
 
 app = ServerApp()
 
@@ -48,7 +48,8 @@ class TimedFedAvg(FedAvg):
 def main(grid: Grid, context: Context) -> None:
     """Run all rounds."""
     config = context.run_config
-    arrays = ArrayRecord(Net(int(config["num-classes"])).state_dict())
+    net = NETWORKS[str(config["model"])](int(config["num-classes"]))
+    arrays = ArrayRecord(net.state_dict())
     num_clients = int(config["num-clients"])
     strategy = TimedFedAvg(
         Path(str(config["stamps"])),
