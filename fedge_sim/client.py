@@ -4,6 +4,7 @@ import logging
 import math
 import threading
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from fedge_sim.training.choice import Choice, decide, measure
 from fedge_sim.training.cohort import Cohort
 from fedge_sim.training.device import device, set_precision
 from fedge_sim.training.evaluation import evaluate_together
+from fedge_sim.training.graphs import WARM_UP, WORTH_IT
 from fedge_sim.training.local import Reference
 from fedge_sim.training.single import Single
 
@@ -52,42 +54,60 @@ def train_settings(settings: Settings, lr: float) -> TrainSettings:
 class Tools:
     """What a thread works with: a network to evaluate with, and a way to train."""
 
-    network: nn.Module
-    path: TrainingPath
+    settings: Settings
+    example_shape: tuple[int, ...]
+    num_classes: int
+
+    @cached_property
+    def network(self) -> nn.Module:
+        """To evaluate with."""
+        return _network(self.settings, self.example_shape, self.num_classes)
+
+    @cached_property
+    def path(self) -> TrainingPath:
+        """To train with."""
+        return _path(self)
 
 
 class _Kept(threading.local):
-    """What a thread used last, and for what kind of work."""
+    """What a thread used last, for what kind of work, and in which round it last trained."""
 
     kind: object = None
+    round: int = 0
     tools: Tools | None = None
 
 
 _kept = _Kept()
 
 
-def tools(settings: Settings, data: FederatedData) -> Tools:
-    """Return what this thread needs for the settings' work, the last ones if kept."""
-    runtime, keep = settings.runtime, _profile(settings).keep_warm
+def tools(settings: Settings, data: FederatedData, flat_round: int | None = None) -> Tools:
+    """Return what this thread needs for the settings' work: the last ones, where they will do.
+
+    Unless the profile keeps them warm, they are made anew for every round of training.
+    """
+    runtime = settings.runtime
     how = (runtime.training, runtime.compile, runtime.precision, runtime.threads_per_client)
-    kind = (settings.data.model, data.example_shape, len(data.classes), _where(settings), how)
-    if _kept.tools is not None and kind == _kept.kind:
-        return _kept.tools
-    new = Tools(_network(settings, data), _path(settings, data))
-    _kept.kind, _kept.tools = (kind, new) if keep else (None, None)
-    return new
+    form = (data.example_shape, len(data.classes))
+    kind = (settings.data.model, *form, _where(settings), how)
+    now = _kept.round if flat_round is None or _profile(settings).keep_warm else flat_round
+    if _kept.tools is None or (kind, now) != (_kept.kind, _kept.round):
+        _kept.tools = None  # make room first
+        _kept.kind, _kept.round, _kept.tools = kind, now, Tools(settings, *form)
+    return _kept.tools
 
 
-def _path(settings: Settings, data: FederatedData) -> TrainingPath:
+def _path(own: Tools) -> TrainingPath:
     """Return the way to train that the settings name; "auto" is for nodes that nobody asked."""
-    training, network = settings.runtime.training, _network(settings, data)
+    settings = own.settings
+    form = (own.example_shape, own.num_classes)
+    training, network = settings.runtime.training, _network(settings, *form)
     autocast = autocast_of(settings)
     if training == "reference":
         return Reference(network, autocast)
     if training == "cohort":
-        path = Cohort(network, autocast)
         try:
-            path.check(data.example_shape, len(data.classes))
+            path = Cohort(network, autocast)
+            path.check(*form)
             return path
         except CannotVectoriseError as error:
             log.warning("clients are trained one at a time: %s", error)
@@ -95,10 +115,9 @@ def _path(settings: Settings, data: FederatedData) -> TrainingPath:
     return Single(network, compiled, autocast)
 
 
-def _network(settings: Settings, data: FederatedData) -> nn.Module:
+def _network(settings: Settings, example_shape: tuple[int, ...], num_classes: int) -> nn.Module:
     """Return a network of arbitrary values where this process trains."""
-    network = build_model(settings.data.model, data.example_shape, len(data.classes))
-    return network.to(_where(settings))
+    return build_model(settings.data.model, example_shape, num_classes).to(_where(settings))
 
 
 def _where(settings: Settings) -> torch.device:
@@ -128,7 +147,7 @@ def _profile(settings: Settings) -> gpu.Profile:
     return gpu.resolve(settings.runtime, torch.cuda.device_count())
 
 
-def choose(settings: Settings, *, cohorts: bool = True) -> Choice:
+def choose(settings: Settings, *, cohorts: bool = True, compiles: bool = True) -> Choice:
     """Return the way to train that the settings fix, or else the fastest one measured here.
 
     Parameters
@@ -136,8 +155,11 @@ def choose(settings: Settings, *, cohorts: bool = True) -> Choice:
     settings : Settings
     cohorts : bool
         Whether messages of several clients are answered together.
+    compiles : bool
+        Whether steps may be compiled: then they are, here and now, if that repays.
     """
     runtime, data = settings.runtime, federated_data(settings)
+    form = (data.example_shape, len(data.classes))
     torch.set_num_threads(runtime.threads_per_client)
     workers = max(1, torch.cuda.device_count() if _on_gpu(settings) else _workers(settings))
     most = min(MAX_COHORT, math.ceil(len(data.clients) / workers)) if cohorts else 1
@@ -146,13 +168,22 @@ def choose(settings: Settings, *, cohorts: bool = True) -> Choice:
     if runtime.training in ("reference", "single"):
         most = 1
     measured = measure(
-        lambda: _network(settings, data),
+        lambda: _network(settings, *form),
         lambda size, steps: _trial(settings, data, size, steps),
         most=most,
         classes=len(data.classes),
+        autocast=autocast_of(settings),
+        precision=runtime.precision,
         folder=_cache(settings),
     )
-    return decide(measured, runtime, _steps(settings, data) // workers, on_gpu=_on_gpu(settings))
+    compilable = compiles and not _on_gpu(settings) and runtime.precision != "bf16"
+    choice = decide(measured, runtime, _steps(settings, data) // workers, compilable=compilable)
+    if choice.compile:  # before the first round, once for all processes of this machine
+        path = Single(_network(settings, *form), _cache(settings))
+        [update] = path.train(_trial(settings, data, 1, 1))
+        if update.path != "compiled":
+            return replace(choice, compile=False, reason=f"{choice.reason}, but not possible")
+    return choice
 
 
 def _on_gpu(settings: Settings) -> bool:
@@ -160,7 +191,8 @@ def _on_gpu(settings: Settings) -> bool:
 
 
 def _workers(settings: Settings) -> int:
-    return available_cores() // settings.runtime.threads_per_client
+    fixed = settings.runtime.num_workers
+    return available_cores() // settings.runtime.threads_per_client if fixed == "auto" else fixed
 
 
 def _steps(settings: Settings, data: FederatedData) -> int:
@@ -176,7 +208,7 @@ def _trial(settings: Settings, data: FederatedData, size: int, steps: int) -> li
     """Return so many tasks, of so many full steps each, on the data of the largest clients."""
     largest = sorted(range(len(data.clients)), key=lambda c: -len(data.clients[c].train))[:size]
     how = replace(train_settings(settings, lr=1e-3), local_steps=steps)
-    start = model_arrays(_network(settings, data))
+    start = model_arrays(_network(settings, data.example_shape, len(data.classes)))
     rows_needed = how.batch_size * how.accumulation * steps
     tasks = []
     for number in range(size):
@@ -197,7 +229,9 @@ def probe(settings: Settings, cohort_size: int = 1) -> None:
     """
     torch.set_num_threads(settings.runtime.threads_per_client)
     data = federated_data(settings)
-    own, tasks = tools(settings, data), _trial(settings, data, cohort_size, 2)
+    # On a GPU, enough steps for a recording of them, which takes memory too.
+    steps = WARM_UP + WORTH_IT + 1 if _on_gpu(settings) else 2
+    own, tasks = tools(settings, data), _trial(settings, data, cohort_size, steps)
     own.path.train(tasks)
     parts = [(task.examples, task.rows) for task in tasks]
     evaluate_together(own.network, parts, settings.hierarchy.eval_batch_size, autocast_of(settings))

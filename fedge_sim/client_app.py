@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord
 from flwr.clientapp import ClientApp
 
 from fedge_sim import records
+from fedge_sim.algorithms import Arrays
 from fedge_sim.client import autocast_of, choose, examples_of, tools, train_settings
 from fedge_sim.config import Settings, settings_from_json
 from fedge_sim.data import FederatedData, federated_data
@@ -108,14 +109,17 @@ def answer_together(messages: Sequence[Message], context: Context) -> list[Messa
 
 def _train(messages: Sequence[Message], context: Context) -> list[Message]:
     settings, data = _prepare(messages[0], context)
-    path = tools(settings, data).path
+    path = tools(settings, data, records.config_of(messages[0])[records.ROUND]).path
+    starts: dict[int, Arrays] = {}  # clients of one leaf server begin with one record
     tasks = []
     for message in messages:
-        config = records.config_of(message)
+        config, record = records.config_of(message), records.arrays_of(message)
+        if id(record) not in starts:
+            starts[id(record)] = records.to_arrays(record)
         client = config[records.CLIENT_ID]
         tasks.append(
             ClientTask(
-                start=records.to_arrays(records.arrays_of(message)),
+                start=starts[id(record)],
                 examples=examples_of(settings, data, client),
                 rows=data.clients[client].train,
                 settings=train_settings(settings, config[records.LR]),
@@ -126,6 +130,7 @@ def _train(messages: Sequence[Message], context: Context) -> list[Message]:
         records.reply(
             message,
             arrays=records.to_record(update.arrays),
+            config=ConfigRecord({records.PATH: update.path}),
             metrics=MetricRecord(
                 {
                     records.NUM_EXAMPLES: len(task.rows),

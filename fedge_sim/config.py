@@ -230,6 +230,13 @@ class Runtime(_Table):
     min_clients_per_round: Count = 1
 
     @model_validator(mode="after")
+    def _compiled_steps_are_float32(self) -> Self:
+        if self.compile is True and self.precision == "bf16":
+            problem = "steps are compiled in float32; set compile = false, or another precision"
+            raise ConfigError.at("runtime", "precision", self.precision, problem)
+        return self
+
+    @model_validator(mode="after")
     def _a_client_is_given_up_before_the_run(self) -> Self:
         if self.client_timeout_s >= self.progress_timeout_s:
             problem = f"must be less than progress_timeout_s = {self.progress_timeout_s}"

@@ -83,6 +83,7 @@ class LeafServer(Strategy):
     work: dict[int, ClientWork] = field(default_factory=dict)
     evaluations: dict[str, dict[int, dict[str, Evaluation]]] = field(default_factory=dict)
     _start: ArrayRecord = field(default_factory=ArrayRecord)
+    _told: bool = False
 
     def begin(self, cloud_model: Arrays) -> bool:
         """Start a global round: take the cloud's model, or keep the own (the accuracy gate).
@@ -143,6 +144,7 @@ class LeafServer(Strategy):
             updates.append(update)
             weights.append(metrics[records.NUM_EXAMPLES])
             losses.append(metrics[records.LOSS])
+            self._check_path(client, records.config_of(reply)[records.PATH])
             done = self.work.setdefault(client, ClientWork())
             done.loss = losses[-1]
             done.seconds += metrics[records.SECONDS]
@@ -230,6 +232,14 @@ class LeafServer(Strategy):
             if client not in answers:
                 log.warning("%s left out: %s", self._name(client), reasons.get(client, "no reply"))
         return {client: answers[client] for client in self.clients if client in answers}
+
+    def _check_path(self, client: int, path: str) -> None:
+        """Say once if a client was trained in another way than asked for."""
+        runtime = self.settings.runtime
+        asked = "compiled" if runtime.compile is True else runtime.training
+        if asked not in ("auto", path) and not self._told:
+            self._told = True
+            log.warning("%s was trained by %r, not %r", self._name(client), path, asked)
 
     def _name(self, client: int) -> str:
         return f"client {client} of leaf server {self.index}"

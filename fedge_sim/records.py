@@ -33,6 +33,7 @@ SETTINGS, CLIENT_ID, ROUND, LR = "settings", "client-id", "round", "lr"
 PURPOSE, SPLITS, WORK = "purpose", "splits", "work"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SECONDS = "seconds"
+PATH = "path"  # by which way a client was trained
 _PREFIX = {"test": "", "train": "train-"}  # of an evaluation's metrics, by split
 _ROW = np.dtype("<i8")  # of row numbers on the wire
 # The questions of the roster, and what a node answers.

@@ -16,7 +16,7 @@ from fedge_sim.data.base import Examples, Standardisation
 from fedge_sim.models import build_model
 from fedge_sim.randomness import stream
 from fedge_sim.training import choice
-from fedge_sim.training.base import ClientTask, TrainSettings, model_arrays
+from fedge_sim.training.base import ClientTask, ClientUpdate, TrainSettings, model_arrays
 from fedge_sim.training.choice import (
     COHORTS,
     COMPILE_SAVES,
@@ -43,6 +43,7 @@ REPAID = math.ceil(COMPILE_SECONDS / COMPILE_SAVES / 0.005)
         (Measured(5.0, {8: 4.9}), {}, ("single", 1)),  # too little for the memory it takes
         (FAST_COHORT, {"cohort_size": 1}, ("cohort", 32)),  # which is never measured so
         (SLOW_COHORT, {"cohort_size": 8}, ("cohort", 32)),  # asked for: the plan takes the 8
+        (Measured(5.0, {}), {"cohort_size": 8}, ("single", 1)),  # a grid without cohorts
         (SLOW_COHORT, {"training": "cohort"}, ("cohort", 32)),
         (NO_COHORT, {"training": "cohort"}, ("single", 1)),
         (Measured(5.0, {}), {"training": "cohort"}, ("cohort", COHORTS[0])),  # too slow to try
@@ -52,7 +53,7 @@ REPAID = math.ceil(COMPILE_SECONDS / COMPILE_SAVES / 0.005)
     ],
 )
 def test_the_choice(measured, runtime, expected):
-    made = decide(measured, Runtime(**runtime), 100, on_gpu=False)
+    made = decide(measured, Runtime(**runtime), 100, compilable=True)
     assert (made.training, made.cohort_size) == expected
     assert made.compile == (runtime.get("compile", False))
     assert "5.00 ms" in made.reason
@@ -61,18 +62,18 @@ def test_the_choice(measured, runtime, expected):
 
 
 @pytest.mark.parametrize(
-    ("steps", "runtime", "on_gpu", "compiles"),
+    ("steps", "runtime", "compilable", "compiles"),
     [
-        (REPAID + 1, {}, False, True),
-        (REPAID - 1, {}, False, False),
-        (REPAID - 1, {"compile": True}, False, True),
-        (REPAID + 1, {"compile": False}, False, False),
-        (REPAID + 1, {}, True, False),
-        (REPAID + 1, {"training": "reference"}, False, False),
+        (REPAID + 1, {}, True, True),
+        (REPAID - 1, {}, True, False),
+        (REPAID - 1, {"compile": True}, True, True),
+        (REPAID + 1, {"compile": False}, True, False),
+        (REPAID + 1, {}, False, False),
+        (REPAID + 1, {"training": "reference"}, True, False),
     ],
 )
-def test_steps_are_compiled_where_that_repays(steps, runtime, on_gpu, compiles):
-    made = decide(SLOW_COHORT, Runtime(**runtime), steps, on_gpu=on_gpu)
+def test_steps_are_compiled_where_that_repays(steps, runtime, compilable, compiles):
+    made = decide(SLOW_COHORT, Runtime(**runtime), steps, compilable=compilable)
     assert made.compile == compiles
 
 
@@ -166,3 +167,44 @@ def test_a_run_measures_its_own_clients(small, monkeypatch):
     assert asked["most"] == 1
     choose(small(AUTO, "runtime.cohort_size=2"))
     assert asked["most"] == 2
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(tmp_path, caplog):
+    (tmp_path / "file").write_text("in the way of the folder")
+    assert measured_in(tmp_path / "file").single > 0
+    assert "speeds cannot be kept" in caplog.text
+
+
+def test_a_cohort_too_large_for_the_memory_is_not_taken(tmp_path, monkeypatch):
+    def trained(path, tasks, size):
+        if size > 8:
+            raise torch.OutOfMemoryError("too large")
+        return 1e-3 / size
+
+    monkeypatch.setattr(choice, "_seconds_a_step", trained)
+    assert measured_in(None, most=100).cohorts == {8: 1e-3 / 8 * 1000}
+
+
+def test_what_is_to_be_compiled_is_compiled_before_the_first_round(small, monkeypatch):
+    made = []
+
+    class Path:
+        def __init__(self, network, folder=None):
+            self.folder = folder
+
+        def train(self, tasks):
+            made.append(self.folder)
+            return [ClientUpdate({}, 1, 0.0, 0.0, "compiled" if works else "single")]
+
+    monkeypatch.setattr("fedge_sim.client.Single", Path)
+    monkeypatch.setattr("fedge_sim.client.measure", lambda *a, **k: SLOW_COHORT)
+    long = small(AUTO, "hierarchy.global_rounds=100000", "runtime.num_workers=1")
+    for works in (True, False):
+        assert choose(long).compile == works
+    assert len(made) == 2
+    assert "not possible" in choose(long).reason
+    assert not choose(long, compiles=False).compile
+    assert not choose(
+        small(AUTO, "hierarchy.global_rounds=100000", 'runtime.precision="bf16"')
+    ).compile
+    assert len(made) == 3

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fedge_sim.data.base import Examples, Standardisation
+from fedge_sim.errors import CannotCompileError
 from fedge_sim.models import build_model, initialise
 from fedge_sim.randomness import stream, torch_generator
 from fedge_sim.training import compiled
@@ -32,6 +33,18 @@ class Tiny(nn.Module):
 
     def forward(self, x):
         return self.head(x.flatten(1))
+
+
+class Counts(Tiny):
+    """Puts new tensors in the place of its buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return super().forward(x)
 
 
 class Asks(Tiny):
@@ -63,6 +76,15 @@ def task_of(network: nn.Module, n: int = 12) -> ClientTask:
     return ClientTask(model_arrays(network), examples, np.arange(n), settings, stream(0, "x"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """A compiled step is one for a number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A folder with the compiled step of Tiny."""
@@ -89,7 +111,7 @@ def test_a_step_is_made_once_for_all_processes(made, no_compiler):
         f"Single(Tiny(), Path({str(made)!r})).train([task_of(Tiny())])\n"
         "print('torch._dynamo' in sys.modules, 'torch._inductor' in sys.modules)"
     )
-    code = "from pathlib import Path\n" + code
+    code = "from pathlib import Path\nimport torch\ntorch.set_num_threads(1)\n" + code
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]  # which would take seconds to import
     assert file.stat().st_mtime_ns == before
@@ -194,3 +216,29 @@ def test_two_ways_of_one_model_have_steps_of_their_own():
     for model in models:
         initialise(model, torch_generator(0, "test"))
     assert repr(models[0]) != repr(models[1])
+
+
+def test_a_buffer_that_is_replaced(tmp_path):
+    task = task_of(Counts(), n=14)  # three full batches and a short one
+    [ours] = Single(Counts(), tmp_path).train([task])
+    assert ours.path == "compiled"
+    assert ours.arrays["calls"] == 4
+
+
+def test_steps_are_compiled_for_a_cpu(tmp_path):
+    flat = flat_of(Tiny())
+    flat.vector = flat.vector.to("meta")
+    with pytest.raises(CannotCompileError, match="for a CPU only"):
+        compiled_step(flat, SPEC, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CannotCompileError, match="cannot be kept"):
+        compiled_step(flat_of(Tiny()), SPEC, tmp_path / "file" / "folder")
+
+
+def test_parameters_of_several_types_are_refused():
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).double())
+    with pytest.raises(TypeError, match="several types"):
+        flat_of(network)

@@ -66,3 +66,9 @@ def test_batches_are_full_across_clients():
 
     evaluate_together(Counts(), [(examples(), np.arange(n)) for n in (5, 0, 20, 3)], 10)
     assert seen == [10, 10, 8]
+
+
+def test_in_bfloat16():
+    parts = [(examples(), np.arange(40))]
+    [ours] = evaluate_together(network(), parts, 16, torch.bfloat16)
+    assert ours.loss == pytest.approx(evaluate(network(), *parts[0]).loss, rel=0.02)

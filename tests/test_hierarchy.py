@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from fedge_sim import cloud, records
 from fedge_sim.client_app import app as client_app
 from fedge_sim.data import federated_data
-from fedge_sim.errors import RoundError
+from fedge_sim.errors import CannotVectoriseError, RoundError
 from fedge_sim.models import MODELS, build_model, initialise
 from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.randomness import stream, torch_generator
@@ -243,3 +243,15 @@ def test_callbacks_are_closed_however_a_run_ends(small):
     with pytest.raises(KeyboardInterrupt):
         run(small(), [stopper])
     assert stopper.calls == ["start", 1, "close"]
+
+
+def test_a_client_that_is_trained_in_another_way_is_named(small, caplog, monkeypatch):
+    """Here no node can train cohorts, whatever is asked for."""
+
+    def refuse(*args):
+        raise CannotVectoriseError("not this network")
+
+    monkeypatch.setattr("fedge_sim.client.Cohort", refuse)
+    run(small("runtime.training=cohort", "runtime.cohort_size=2", "hierarchy.global_rounds=1"), [])
+    assert "client 0 of leaf server 0 was trained by 'single', not 'cohort'" in caplog.text
+    assert caplog.text.count("was trained by") == 3  # once for each leaf server

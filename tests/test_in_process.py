@@ -7,7 +7,7 @@ import time
 import pytest
 from flwr.app import ConfigRecord
 
-from fedge_sim import records
+from fedge_sim import client, records
 from fedge_sim.config import load_settings
 from fedge_sim.errors import ConfigError, StalledError
 from fedge_sim.orchestrator import Orchestrator
@@ -185,6 +185,9 @@ def test_a_cohort_without_memory_is_halved(small, cohort_run, caplog):
     assert sum(map(len, unruly.cohorts(settings))) <= 9
 
 
+AUTO = 'runtime.training="auto"'
+
+
 @pytest.fixture
 def opened(small, monkeypatch):
     """Return a function to the cohort size and the settings that a run gets in this process."""
@@ -195,7 +198,9 @@ def opened(small, monkeypatch):
             backend, "InProcessGrid", lambda *a, **k: made.append(k) or InProcessGrid(*a, **k)
         )
         monkeypatch.setattr(backend, "available_cores", lambda: 2)
-        monkeypatch.setattr(client, "choose", lambda _: Choice("cohort", True, 4, "4/s"))
+        monkeypatch.setattr(
+            client, "choose", lambda _, compiles: Choice("cohort", compiles, 4, "4/s")
+        )
         settings = small("runtime.backend=inprocess", *assignments)
         with open_grid(settings, print, print) as (_, settled):
             return made[0]["cohort_size"], settled.runtime
@@ -203,11 +208,35 @@ def opened(small, monkeypatch):
     return size_and_settings
 
 
+def test_compiled_steps_are_for_actors(small, monkeypatch, caplog):
+    """A compiled step does not let go of the interpreter: two threads would take turns."""
+    asked = []
+    monkeypatch.setattr(backend, "available_cores", lambda: 2)
+    monkeypatch.setattr(client, "choose", lambda _, compiles: Choice("single", compiles, 1, "5 ms"))
+    monkeypatch.setattr(
+        "fedge_sim.runtime.ray_grid.RayGrid", lambda *a: asked.append(a[1]) or stop()
+    )
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), open_grid(small(AUTO), print, print):
+        pass
+    assert (asked[0].runtime.training, asked[0].runtime.compile) == ("single", True)
+    with open_grid(small(AUTO, "runtime.backend=inprocess"), print, print) as (_, settled):
+        assert settled.runtime.compile is False
+    fixed = small("runtime.backend=inprocess", "runtime.training=single", "runtime.compile=true")
+    with open_grid(fixed, print, print) as (_, settled):
+        assert settled.runtime.compile is True
+    assert "threads would wait for each other" in caplog.text
+
+
 def test_the_way_to_train_is_settled(opened, caplog):
     caplog.set_level(logging.INFO, "fedge_sim")
     size, runtime = opened("runtime.training=auto")
-    assert (size, runtime.training, runtime.compile) == (4, "cohort", True)
+    assert (size, runtime.training, runtime.compile) == (4, "cohort", False)
     assert runtime.cohort_size == 4
+    assert opened("runtime.training=auto", "runtime.num_workers=1")[1].compile  # nobody waits
     assert "training cohort: 4/s" in caplog.text
     size, runtime = opened("runtime.training=cohort", "runtime.compile=false")
     assert (size, runtime.training, runtime.compile) == (4, "cohort", False)

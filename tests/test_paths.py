@@ -360,6 +360,20 @@ def test_clients_of_few_rows(path, sizes, model, local_steps):
 
 
 @every_path
+def test_in_bfloat16(path):
+    """The forward pass alone: parameters, loss and momentum stay what they are."""
+    tasks = uneven(network_of("mlp", torch.float32), WINDOW)
+    kind = type(PATHS[path](network_of("mlp")))
+    for make in (kind, Reference):
+        half = make(network_of("mlp", torch.float32), autocast=torch.bfloat16).train(anew(tasks))
+        full = Reference(network_of("mlp", torch.float32)).train(anew(tasks))
+        for one, other in zip(half, full, strict=True):
+            assert one.loss == pytest.approx(other.loss, rel=0.05)
+            assert one.loss != other.loss
+            assert all(one.arrays[n].dtype == other.arrays[n].dtype for n in other.arrays)
+
+
+@every_path
 def test_no_clients(path):
     assert PATHS[path](network_of("mlp")).train([]) == []
 

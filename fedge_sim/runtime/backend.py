@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 CLIENT_APP = "fedge_sim.client_app:app"
 # Threads of one process share an interpreter: up to so many train as fast as actors do.
 THREADS_THAT_SCALE = 2
+COMPILED_WAIT = "compiled steps keep the interpreter: threads would wait for each other"
 
 
 def choose(runtime: Runtime, num_clients: int, cores: int, gpus: int) -> tuple[str, str]:
@@ -48,6 +49,7 @@ def choose(runtime: Runtime, num_clients: int, cores: int, gpus: int) -> tuple[s
         (runtime.num_workers != "auto", "num_workers counts actors"),
         (gpus and runtime.num_gpus_per_actor != 0, "actors share the GPUs"),
         (threads > THREADS_THAT_SCALE, f"{threads} threads would wait for one interpreter"),
+        (threads > 1 and runtime.compile is True, COMPILED_WAIT),
     ):
         if needs_ray:
             return "ray", reason
@@ -76,6 +78,14 @@ def open_grid(
     runtime, cores = settings.runtime, available_cores()
     clients = settings.hierarchy.num_clients
     backend, reason = choose(runtime, clients, cores, torch.cuda.device_count())
+    workers, best = _threads(runtime, cores), 1
+    if backend == "inprocess":
+        settings, best = _settle(settings, workers)
+        if settings.runtime.compile is True and workers > 1:
+            if runtime.backend == "auto":
+                backend, reason = "ray", COMPILED_WAIT
+            else:
+                log.warning("%s (runtime.compile, runtime.backend)", COMPILED_WAIT)
     log.info("backend %s: %s", backend, reason)
     if backend == "ray":
         from fedge_sim.runtime.ray_grid import RayGrid  # Ray is slow to import
@@ -84,13 +94,17 @@ def open_grid(
             grid.prepare()
             yield grid, grid.settings
     else:
-        with _in_process(settings, cores, on_done, on_workers) as both:
+        with _in_process(settings, workers, best, on_done, on_workers) as both:
             yield both
 
 
 @contextmanager
 def _in_process(
-    settings: Settings, cores: int, on_done: OnDone, on_workers: Callable[[Sequence[str]], None]
+    settings: Settings,
+    workers: int,
+    best_cohort: int,
+    on_done: OnDone,
+    on_workers: Callable[[Sequence[str]], None],
 ) -> Iterator[tuple[InProcessGrid, Settings]]:
     runtime = settings.runtime
     for key, problem in (
@@ -99,10 +113,9 @@ def _in_process(
     ):
         if value := getattr(runtime, key):
             raise ConfigError.at("runtime", key, value, f'{problem}; use backend = "ray"')
-    workers = max(1, cores // runtime.threads_per_client)
-    if runtime.num_workers != "auto":
-        workers = min(workers, runtime.num_workers)
-    settings, cohort_size = _settle(settings, workers)
+    each = math.ceil(settings.hierarchy.num_clients / workers)
+    size = sizing.fixed_cohort(runtime) or min(best_cohort, each, sizing.MAX_COHORT)
+    settings = sizing.settle_cohort(settings, size)
     on_workers([f"thread-{number}" for number in range(workers)])
     with InProcessGrid(
         client_app.app,
@@ -110,20 +123,26 @@ def _in_process(
         runtime,
         on_done=on_done,
         together=client_app.answer_together,
-        cohort_size=cohort_size,
+        cohort_size=size,
     ) as grid:
         yield grid, settings
 
 
+def _threads(runtime: Runtime, cores: int) -> int:
+    """Return how many threads train clients in this process."""
+    threads = max(1, cores // runtime.threads_per_client)
+    return threads if runtime.num_workers == "auto" else min(threads, runtime.num_workers)
+
+
 def _settle(settings: Settings, workers: int) -> tuple[Settings, int]:
-    """Settle how to train, and return the size of a cohort on one of so many threads."""
-    sizing.fixed_cohort(settings.runtime)  # refused, if at all, before anything is measured
-    best = 1
-    if sizing.is_open(settings.runtime):
-        client_app.open_data(settings)  # what a user can mend is found here
-        choice = client.choose(settings)
-        settings, best = sizing.settle(settings, choice), choice.cohort_size
-        log.info("training %s: %s", settings.runtime.training, choice.reason)
-    each = math.ceil(settings.hierarchy.num_clients / workers)
-    size = sizing.fixed_cohort(settings.runtime) or min(best, each, sizing.MAX_COHORT)
-    return sizing.settle_cohort(settings, size), size
+    """Settle how to train, and return the cohort size that trains most clients a second."""
+    runtime = settings.runtime
+    sizing.fixed_cohort(runtime)  # refused, if at all, before anything is measured
+    if not sizing.is_open(runtime):
+        return settings, 1
+    client_app.open_data(settings)  # what a user can mend is found here
+    compiles = workers == 1 or runtime.backend == "auto"
+    choice = client.choose(settings, compiles=compiles)
+    settings = sizing.settle(settings, choice)
+    log.info("training %s: %s", settings.runtime.training, choice.reason)
+    return settings, choice.cohort_size

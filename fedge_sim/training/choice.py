@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -22,11 +23,13 @@ from fedge_sim.training.compiled import processor
 from fedge_sim.training.device import device_of
 from fedge_sim.training.single import Single
 
+log = logging.getLogger(__name__)
+
 COHORTS = (8, 32, 128)  # sizes that are tried, while a larger one is faster
 # Of each client, so many steps are measured so often, after one that is not; fewer if long.
 STEPS, TRIES = 4, 3
 PROBE_SECONDS = 1.0  # for one way to train: a size that would take longer is not tried
-GAIN = 1.1  # by which a cohort must be faster: it takes more memory
+GAIN = 1.25  # by which a cohort must be faster: it takes more memory, and measuring is noisy
 # What compiling costs, and the share of a step that it saves: see docs/performance.md.
 COMPILE_SECONDS, COMPILE_SAVES = 20.0, 0.15
 
@@ -70,7 +73,7 @@ class Measured:
     problem: str = ""
 
 
-def decide(measured: Measured, runtime: Runtime, steps: int, *, on_gpu: bool) -> Choice:
+def decide(measured: Measured, runtime: Runtime, steps: int, *, compilable: bool) -> Choice:
     """Return the way to train that the settings fix, or that what was measured speaks for.
 
     Parameters
@@ -80,19 +83,21 @@ def decide(measured: Measured, runtime: Runtime, steps: int, *, on_gpu: bool) ->
     steps : int
         That a worker will do in this run, all its clients together. Compiling is worth its
         time if it saves more: steps x seconds of one x ``COMPILE_SAVES`` > ``COMPILE_SECONDS``.
-    on_gpu : bool
-        Where steps are not compiled: a cohort's are recorded as CUDA graphs.
+    compilable : bool
+        Whether steps may be compiled: on a CPU, in float32. On a GPU, a cohort's are recorded.
     """
     untried = (COHORTS[0], math.inf)
     size, cohort = min(measured.cohorts.items(), key=lambda item: item[1], default=untried)
     reasons = [f"one client at a time {measured.single:.2f} ms a step"]
     if measured.cohorts:
         reasons.append(f"{size} at a time {cohort:.2f} ms for each")
+    elif runtime.training == "cohort" and not measured.problem:
+        reasons.append(f"{size} at a time were not tried")
     if measured.problem:
         reasons.append(f"no cohorts: {measured.problem}")
     training = runtime.training
     if training == "auto":
-        asked = runtime.cohort_size not in ("auto", 1)
+        asked = runtime.cohort_size not in ("auto", 1) and bool(measured.cohorts)
         wins = cohort * GAIN < measured.single and runtime.compile is not True
         training = "cohort" if asked or wins else "single"
     else:
@@ -102,7 +107,7 @@ def decide(measured: Measured, runtime: Runtime, steps: int, *, on_gpu: bool) ->
             return Choice("cohort", compile=False, cohort_size=size, reason="; ".join(reasons))
         training = "single"
     compiles = training == "single" and runtime.compile is True
-    if training == "single" and runtime.compile == "auto" and not on_gpu:
+    if training == "single" and runtime.compile == "auto" and compilable:
         saved = steps * measured.single / 1000 * COMPILE_SAVES
         compiles = saved > COMPILE_SECONDS
         reasons.append(
@@ -118,6 +123,8 @@ def measure(
     *,
     most: int,
     classes: int,
+    autocast: torch.dtype | None = None,
+    precision: str = "",
     folder: Path | None = None,
 ) -> Measured:
     """Measure how long a step takes, one client at a time and in cohorts.
@@ -134,25 +141,36 @@ def measure(
     most : int
         The largest cohort that is of use; 1 for none.
     classes : int
+    autocast : torch.dtype, optional
+        Of the forward pass.
+    precision : str
+        What tells measurements apart that differ in what a GPU does with float32.
     folder : Path, optional
-        Where measurements are kept.
+        Where measurements are kept; if that cannot be, a warning says so.
     """
-    file = None if folder is None else folder / f"speed-{_key(build(), tasks(1, 1), most)}.json"
+    key = _key(build(), tasks(1, 1), (most, autocast, precision))
+    file = None if folder is None else folder / f"speed-{key}.json"
     if file is not None and (known := _read(file)) is not None:
+        log.info("speeds are those measured before: %s", file)
         return known
-    single = _seconds_a_step(Single(build()), tasks, 1)
+    one = Single(build(), autocast=autocast)
+    single = _seconds_a_step(one, tasks, 1)
     cohorts, problem = {}, ""
     try:
-        if most > 1:
-            path = Cohort(build())
+        if most > 1 and 2 * min(COHORTS[0], most) * single <= PROBE_SECONDS:
+            path = Cohort(build(), autocast)
             path.check(tasks(1, 1)[0].examples.x.shape[1:], classes)
             cohorts = _cohorts(path, tasks, most, single)
+            single = min(single, _seconds_a_step(one, tasks, 1))  # others use this machine too
     except CannotVectoriseError as error:
         problem = str(error)
     measured = Measured(1000 * single, cohorts, problem)
     if file is not None:
-        _write(file, measured)
-        measured = _read(file) or measured  # another process may have been first
+        try:
+            _write(file, measured)
+            measured = _read(file) or measured  # another process may have been first
+        except OSError as error:
+            log.warning("speeds cannot be kept, and are measured again in the next run: %s", error)
     return measured
 
 
@@ -165,7 +183,11 @@ def _cohorts(
     for size in dict.fromkeys(min(size, most) for size in COHORTS):
         if 2 * size * expected > PROBE_SECONDS:
             break
-        seconds = _seconds_a_step(path, tasks, size)
+        try:
+            seconds = _seconds_a_step(path, tasks, size)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            break
         found[size] = 1000 * seconds
         if seconds > expected:
             break
@@ -189,7 +211,7 @@ def _seconds_a_step(
     return min(seconds(steps) for _ in range(tries))  # others use this machine too
 
 
-def _key(network: nn.Module, tasks: Sequence[ClientTask], most: int) -> str:
+def _key(network: nn.Module, tasks: Sequence[ClientTask], how: tuple[object, ...]) -> str:
     """Return what tells measurements apart that may differ."""
     device = device_of(network)
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
@@ -202,7 +224,7 @@ def _key(network: nn.Module, tasks: Sequence[ClientTask], most: int) -> str:
         [(name, tuple(value.shape)) for name, value in network.state_dict().items()],
         tasks[0].examples.x.shape[1:],
         (settings.batch_size, settings.accumulation),
-        most,
+        how,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
@@ -221,8 +243,10 @@ def _write(file: Path, measured: Measured) -> None:
     """Keep what was measured, unless another process was first: all take the same then."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    part.write_text(json.dumps(asdict(measured)))
     with FileLock(file.with_suffix(".lock")):
         if _read(file) is None:
-            part.replace(file)
-    part.unlink(missing_ok=True)
+            try:
+                part.write_text(json.dumps(asdict(measured)))
+                part.replace(file)
+            finally:
+                part.unlink(missing_ok=True)

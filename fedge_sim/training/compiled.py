@@ -107,11 +107,12 @@ class Step:
         Tensor ()
             The mean loss, without the proximal term.
         """
-        spec, names = self._spec, self._flat.other_names
+        spec, names = self._spec, list(self._flat.others)
         leaf = vector.detach().requires_grad_()
-        changed = [tensor.clone() for tensor in others]
-        state = self._flat.named(leaf) | dict(zip(names, changed, strict=True))
+        others_now = [tensor.clone() for tensor in others]
+        state = self._flat.named(leaf) | dict(zip(names, others_now, strict=True))
         logits = functional_call(self._flat.network, state, (x,))
+        changed = [state[name] for name in names]  # a forward pass may also have put new ones
         loss = functional.cross_entropy(logits, y, label_smoothing=spec.label_smoothing)
         (gradient,) = torch.autograd.grad(loss, leaf)
         with torch.no_grad():
@@ -126,10 +127,10 @@ class Step:
                 tensor.copy_(new)
         return loss.detach()
 
-    def arguments(self, threads_seed: int = 0) -> list[Tensor]:
+    def arguments(self) -> list[Tensor]:
         """Return arguments of the right form, with values that a step can be tried on."""
         flat, spec, like = self._flat, self._spec, self._flat.vector
-        draw = torch.Generator().manual_seed(threads_seed)
+        draw = torch.Generator().manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=draw, dtype=like.dtype)
@@ -145,7 +146,7 @@ class Step:
             torch.tensor(0.1, dtype=like.dtype),
             normal(spec.batch_size, *spec.example_shape),
             torch.randint(classes, (spec.batch_size,), generator=draw),
-            *[tensor.clone() for tensor in flat.others],
+            *[tensor.clone() for tensor in flat.others.values()],
         ]
 
     def _classes(self) -> int:
@@ -187,17 +188,21 @@ def compiled_step(flat: FlatNetwork, spec: StepSpec, folder: Path) -> CompiledSt
     CannotCompileError
         If there is no C++ compiler, or the network cannot be traced.
     """
-    step, threads = Step(flat, spec), torch.get_num_threads()
-    file = file_of(flat, spec, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(file.with_suffix(".lock")):
-        loaded = _load(file, step)
-        if loaded is None:
-            _compile_apart(flat, spec, threads, file)
+    if flat.vector.device.type != "cpu":
+        raise CannotCompileError("steps are compiled for a CPU only")
+    step, file = Step(flat, spec), file_of(flat, spec, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(file.with_suffix(".lock")):
             loaded = _load(file, step)
-        if loaded is None:
-            file.unlink()
-            raise CannotCompileError("the compiled step does not compute what the network does")
+            if loaded is None:
+                _compile_apart(flat, spec, torch.get_num_threads(), file)
+                loaded = _load(file, step)
+            if loaded is None:
+                file.unlink()
+                raise CannotCompileError("the compiled step does not compute what the network does")
+    except OSError as error:
+        raise CannotCompileError(f"compiled steps cannot be kept: {error}") from None
     return loaded
 
 

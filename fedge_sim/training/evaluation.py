@@ -12,7 +12,7 @@ from fedge_sim.data.base import Examples
 from fedge_sim.training.device import device_of
 from fedge_sim.training.local import Evaluation
 
-GPU_ROWS = 4096  # a batch on a GPU, at least: smaller ones leave it idle
+GPU_BYTES = 8 * 2**20  # of examples in a batch on a GPU, about: smaller ones leave it idle
 
 Part = tuple[Examples, NDArray[np.int64]]  # what a client sees, and which rows
 
@@ -38,14 +38,16 @@ def evaluate_together(
     """
     model.eval()
     device, like = device_of(model), next(model.parameters())
-    size = max(batch_size, GPU_ROWS) if device.type == "cuda" else batch_size
+    size = batch_size
+    if device.type == "cuda" and parts:
+        size = max(size, GPU_BYTES // max(1, parts[0][0].x[:1].nbytes))
     losses, right = [], []
     for x, y in _batches(parts, size, device):
         x = x.to(like.dtype)
         if x.dim() == 4:  # convolutions are faster so
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits = model(x)
+            logits = model(x).to(like.dtype)
         losses.append(functional.cross_entropy(logits, y, reduction="none"))
         right.append(logits.argmax(dim=1) == y)
     if not losses:

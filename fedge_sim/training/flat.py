@@ -25,21 +25,28 @@ class FlatNetwork:
     parameters : list of nn.Parameter
         The views.
     vector : Tensor (P,)
-    other_names : list of str
-    others : list of Tensor
-        Buffers and parameters that are not trained.
+
+    Raises
+    ------
+    TypeError
+        If the parameters are of several types.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str]) -> None:
         self.network, self.names = network, list(names)
         named = dict(network.named_parameters())
         self.parameters = [named[name] for name in self.names]
+        if len({p.dtype for p in self.parameters}) > 1:
+            raise TypeError("parameters of several types cannot be trained as one vector")
         self.vector = torch.cat([p.detach().reshape(-1) for p in self.parameters])
         for parameter, part in zip(self.parameters, self._split(self.vector), strict=True):
             parameter.data = part
-        rest = {n: p.data for n, p in named.items() if n not in set(self.names)}
-        rest |= dict(network.named_buffers())
-        self.other_names, self.others = list(rest), list(rest.values())
+        self._fixed = {n: p.data for n, p in named.items() if n not in set(self.names)}
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Buffers, which a forward pass may replace, and parameters that are not trained."""
+        return self._fixed | dict(self.network.named_buffers())
 
     def _split(self, vector: Tensor) -> list[Tensor]:
         sizes = [p.numel() for p in self.parameters]
@@ -52,7 +59,7 @@ class FlatNetwork:
 
     def all(self) -> dict[str, Tensor]:
         """Return all tensors of the network, by name."""
-        return self.named(self.vector) | dict(zip(self.other_names, self.others, strict=True))
+        return self.named(self.vector) | self.others
 
     def vector_of(self, arrays: Arrays) -> Tensor:
         """Return arrays by parameter name as a vector (P,)."""
@@ -72,6 +79,7 @@ def trained_parameters(network: nn.Module, x: Tensor) -> list[str]:
     x : Tensor (2 or more, *example_shape)
     """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    total = network(x).sum()
+    with torch.random.fork_rng([]):  # dropout would draw from the global generator
+        total = network(x).sum()
     gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     return [name for (name, _), g in zip(named, gradients, strict=True) if g is not None]

@@ -1,6 +1,7 @@
 """Calling the same operations again and again: on a GPU as a CUDA graph, which costs one launch."""
 
 import logging
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+_recording = threading.Lock()  # CUDA waits for the whole device where a capture begins
 
 WARM_UP = 3  # calls on a side stream before a capture, as PyTorch's notes ask for
 WORTH_IT = 20  # further calls that repay a capture
@@ -45,10 +48,13 @@ class CudaRecorder:
         torch.cuda.current_stream(self._side.device).wait_stream(self._side)
 
     def capture(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Record a graph; other threads may use the device meanwhile."""
+        """Record a graph; other threads may use the device meanwhile, but not record."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+        with (
+            _recording,
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._side, capture_error_mode="thread_local"
+            ),
         ):
             call()
         return graph.replay
@@ -117,6 +123,8 @@ class Replayer:
         try:
             recording.replay = self._recorder.capture(lambda: self._step(*static, mode))
             recording.inputs = static
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # something in the network waits for the device
             log.warning("no CUDA graphs for this network: %s", str(error).splitlines()[0])
             self._recorder = None

@@ -101,7 +101,7 @@ def train(model: nn.Module, task: ClientTask, autocast: torch.dtype | None = Non
             for batch in batches:
                 x, y = task.examples.batch(batch, device)
                 with torch.autocast(device.type, autocast, enabled=autocast is not None):
-                    logits = model(x.to(dtype))
+                    logits = model(x.to(dtype)).to(dtype)
                 loss = functional.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
                 share = torch.full_like(loss, len(batch) / total)
                 loss.backward(share)

@@ -91,6 +91,8 @@ class Single:
         """Return the compiled step for a client, if it is to have one."""
         if self._folder is None or self._flat is None or task.settings.accumulation > 1:
             return None
+        if self._autocast is not None:
+            return None  # Runtime refuses the two together
         spec = StepSpec.of(task.settings, task.examples.x.shape[1:])
         if spec not in self._steps:
             try:
@@ -150,7 +152,7 @@ class _Client:
     def _step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         total = sum(len(y) for _, y in batches)
         if self.compiled is not None and total == self._task.settings.batch_size:
-            loss = self.compiled([*self._arguments, *batches[0], *self._flat.others])
+            loss = self.compiled([*self._arguments, *batches[0], *self._flat.others.values()])
             self._loss += loss * total
         else:
             gradient = self._gradient(*batches[0], total)
@@ -165,7 +167,7 @@ class _Client:
         if x.dim() == 4:  # convolutions are faster so, and their gradients follow
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
-            logits = self._flat.network(x)
+            logits = self._flat.network(x).to(self._flat.vector.dtype)
         smoothing = self._task.settings.label_smoothing
         loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
         self._loss += loss.detach() * len(y)
