@@ -28,6 +28,9 @@ from fedge_sim.reporting.weights import WeightWriter
 from fedge_sim.runtime.in_process import available_cores
 
 BACKENDS = {"inprocess": "ours, in one process", "ray": "ours, Ray"}
+# What training = "auto" settles on, on a CPU, in a run of 100 rounds: compiled steps, which
+# threads of one process would wait for. A bench's few rounds would not repay the compiler.
+COMPILED = {"inprocess": "false", "ray": "true"}
 FLOWER, BARE = "plain Flower", "bare PyTorch loop"
 BARE_LOOP = Path(__file__).resolve().parent / "bare_loop.py"
 PROCESSES_ON_GPU = 2  # of the bare loop; on a CPU, one a core
@@ -254,6 +257,8 @@ def run_ours(
         "hierarchy.global_rounds": rounds,
         "runtime.backend": backend,
         "runtime.num_workers": workers,
+        "runtime.compile": '"auto"' if torch.cuda.is_available() else COMPILED[backend],
+        "hierarchy.prox_mu": 0.0,  # which the other sides do not have
     } | {f"hierarchy.{key}": value for key, value in workload.training.items()}
     pairs = [f"{key}={value}" for key, value in tables.items()]
     settings = load_settings(assignments=[*pairs, *more])

@@ -30,7 +30,7 @@ from fedge_sim.runtime.in_process import available_cores
 PLAIN_FLOWER = Path(__file__).resolve().parent / "plain_flower"
 MARKER = "FEDGE_BENCH"  # in the environment of every process of a side: the side's folder
 SAMPLE_SECONDS = 0.2
-SAMPLING_SHARE = 0.05  # of one core, at most: reading PSS takes milliseconds a process
+SAMPLING_SHARE = 0.02  # of one core, at most: reading PSS takes milliseconds a process
 STOP_SECONDS = 10
 GPU_SHARE = 0.25  # of a GPU, for each of plain Flower's actors, where there is one
 LOCAL = ("127.0.0.1", 0)  # any free port
