@@ -144,7 +144,7 @@ class LeafServer(Strategy):
             updates.append(update)
             weights.append(metrics[records.NUM_EXAMPLES])
             losses.append(metrics[records.LOSS])
-            self._check_path(client, records.config_of(reply)[records.PATH])
+            self._check_path(client, records.path_of(reply))
             done = self.work.setdefault(client, ClientWork())
             done.loss = losses[-1]
             done.seconds += metrics[records.SECONDS]
@@ -233,11 +233,11 @@ class LeafServer(Strategy):
                 log.warning("%s left out: %s", self._name(client), reasons.get(client, "no reply"))
         return {client: answers[client] for client in self.clients if client in answers}
 
-    def _check_path(self, client: int, path: str) -> None:
+    def _check_path(self, client: int, path: str | None) -> None:
         """Say once if a client was trained in another way than asked for."""
         runtime = self.settings.runtime
         asked = "compiled" if runtime.compile is True else runtime.training
-        if asked not in ("auto", path) and not self._told:
+        if path and asked not in ("auto", path) and not self._told:
             self._told = True
             log.warning("%s was trained by %r, not %r", self._name(client), path, asked)
 

@@ -126,6 +126,13 @@ def work_of(message: Message) -> float:
     return float(config.get(WORK, 1)) if config is not None else 1.0  # type: ignore[arg-type]
 
 
+def path_of(message: Message) -> str | None:
+    """Return by which way a client was trained; None if the reply does not say."""
+    config = message.content.config_records.get(CONFIG)
+    path = config.get(PATH) if config is not None else None
+    return None if path is None else str(path)
+
+
 def metrics_of(message: Message) -> dict[str, Any]:
     """Return the metrics of a message."""
     return dict(message.content.metric_records[METRICS])

@@ -44,11 +44,10 @@ PATHS: dict[str, Callable[[nn.Module], TrainingPath]] = {"single": Single, "coho
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 NETWORKS = (*MODELS, "own")
-# ResNet-18 takes a minute to compile.
+# To compile takes a quarter of a minute, and a whole one for ResNet-18.
 COMPILED = [
-    ("compiled", model, dtype)
-    for model, dtype in product(NETWORKS, TOLERANCE)
-    if (model, dtype) != ("resnet18", torch.float64)
+    *(("compiled", model, torch.float32) for model in NETWORKS),
+    *(("compiled", model, torch.float64) for model in ("cnn1d", "own")),
 ]
 
 
