@@ -158,6 +158,8 @@ def choose(settings: Settings, *, cohorts: bool = True, compiles: bool = True) -
     compiles : bool
         Whether steps may be compiled: then they are, here and now, if that repays.
     """
+    if not cohorts:
+        settings = settings.with_runtime(cohort_size=1)
     runtime, data = settings.runtime, federated_data(settings)
     form = (data.example_shape, len(data.classes))
     torch.set_num_threads(runtime.threads_per_client)

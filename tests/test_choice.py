@@ -43,7 +43,8 @@ REPAID = math.ceil(COMPILE_SECONDS / COMPILE_SAVES / 0.005)
         (Measured(5.0, {8: 4.9}), {}, ("single", 1)),  # too little for the memory it takes
         (FAST_COHORT, {"cohort_size": 1}, ("cohort", 32)),  # which is never measured so
         (SLOW_COHORT, {"cohort_size": 8}, ("cohort", 32)),  # asked for: the plan takes the 8
-        (Measured(5.0, {}), {"cohort_size": 8}, ("single", 1)),  # a grid without cohorts
+        (Measured(5.0, {}), {"cohort_size": 8}, ("cohort", COHORTS[0])),  # asked for
+        (NO_COHORT, {"cohort_size": 8}, ("single", 1)),
         (SLOW_COHORT, {"training": "cohort"}, ("cohort", 32)),
         (NO_COHORT, {"training": "cohort"}, ("single", 1)),
         (Measured(5.0, {}), {"training": "cohort"}, ("cohort", COHORTS[0])),  # too slow to try
@@ -165,6 +166,10 @@ def test_a_run_measures_its_own_clients(small, monkeypatch):
     )
     choose(settings, cohorts=False)
     assert asked["most"] == 1
+    monkeypatch.setattr("fedge_sim.client.measure", lambda *a, **k: Measured(5.0, {}))
+    assert choose(small(AUTO, "runtime.cohort_size=2")).training == "cohort"
+    assert choose(small(AUTO, "runtime.cohort_size=2"), cohorts=False).training == "single"
+    monkeypatch.setattr("fedge_sim.client.measure", spy)
     choose(small(AUTO, "runtime.cohort_size=2"))
     assert asked["most"] == 2
 

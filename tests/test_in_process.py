@@ -127,6 +127,9 @@ def test_the_backend_and_why(assignments, cores, gpus, backend):
     assert reason
 
 
+AUTO = 'runtime.training="auto"'
+
+
 @pytest.fixture
 def cohort_run(small):
     """Return a function that runs a round of cohorts of three, with clients that misbehave."""
@@ -185,9 +188,6 @@ def test_a_cohort_without_memory_is_halved(small, cohort_run, caplog):
     assert sum(map(len, unruly.cohorts(settings))) <= 9
 
 
-AUTO = 'runtime.training="auto"'
-
-
 @pytest.fixture
 def opened(small, monkeypatch):
     """Return a function to the cohort size and the settings that a run gets in this process."""
@@ -206,6 +206,13 @@ def opened(small, monkeypatch):
             return made[0]["cohort_size"], settled.runtime
 
     return size_and_settings
+
+
+def test_a_cohort_size_of_a_network_without_cohorts_is_done_without(small, monkeypatch):
+    monkeypatch.setattr(client, "choose", lambda _, compiles: Choice("single", False, 1, "why"))
+    settings = small(AUTO, "runtime.backend=inprocess", "runtime.cohort_size=3")
+    with open_grid(settings, print, print) as (_, settled):
+        assert (settled.runtime.training, settled.runtime.cohort_size) == ("single", "auto")
 
 
 def test_compiled_steps_are_for_actors(small, monkeypatch, caplog):

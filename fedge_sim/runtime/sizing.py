@@ -117,11 +117,17 @@ def is_open(runtime: Runtime) -> bool:
 
 
 def settle(settings: Settings, choice: Choice) -> Settings:
-    """Return the settings with what was measured in place of ``"auto"``."""
+    """Return the settings with what was measured in place of ``"auto"``.
+
+    A cohort size that the user fixed has no meaning for a network without cohorts.
+    """
     runtime = settings.runtime
-    training = choice.training if runtime.training == "auto" else runtime.training
+    training, size = runtime.training, runtime.cohort_size
+    if training == "auto":
+        training = choice.training
+        size = size if training == "cohort" else "auto"
     compiled = choice.compile if runtime.compile == "auto" else runtime.compile
-    return settings.with_runtime(training=training, compile=compiled)
+    return settings.with_runtime(training=training, compile=compiled, cohort_size=size)
 
 
 def settle_cohort(settings: Settings, size: int) -> Settings:

@@ -88,16 +88,16 @@ def decide(measured: Measured, runtime: Runtime, steps: int, *, compilable: bool
     """
     untried = (COHORTS[0], math.inf)
     size, cohort = min(measured.cohorts.items(), key=lambda item: item[1], default=untried)
+    asked = runtime.training == "cohort" or runtime.cohort_size not in ("auto", 1)
     reasons = [f"one client at a time {measured.single:.2f} ms a step"]
     if measured.cohorts:
         reasons.append(f"{size} at a time {cohort:.2f} ms for each")
-    elif runtime.training == "cohort" and not measured.problem:
-        reasons.append(f"{size} at a time were not tried")
+    elif asked and not measured.problem:
+        reasons.append("cohorts were not tried: a step is long")
     if measured.problem:
         reasons.append(f"no cohorts: {measured.problem}")
     training = runtime.training
     if training == "auto":
-        asked = runtime.cohort_size not in ("auto", 1) and bool(measured.cohorts)
         wins = cohort * GAIN < measured.single and runtime.compile is not True
         training = "cohort" if asked or wins else "single"
     else:

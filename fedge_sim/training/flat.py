@@ -79,7 +79,7 @@ def trained_parameters(network: nn.Module, x: Tensor) -> list[str]:
     x : Tensor (2 or more, *example_shape)
     """
     named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
-    with torch.random.fork_rng([]):  # dropout would draw from the global generator
+    with torch.random.fork_rng([x.device] if x.is_cuda else []):  # dropout would draw
         total = network(x).sum()
     gradients = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
     return [name for (name, _), g in zip(named, gradients, strict=True) if g is not None]

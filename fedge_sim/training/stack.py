@@ -83,9 +83,7 @@ class Layout:
         module = network.module
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         like = next(iter(parameters.values()))
-        # A dropout layer draws here, before it is refused.
-        with torch.random.fork_rng([like.device] if like.is_cuda else []):
-            used = trained_parameters(module, like.new_zeros(2, *example_shape))
+        used = trained_parameters(module, like.new_zeros(2, *example_shape))
         trained = {name: parameters[name].shape for name in used}
         names = {id(t): n for n, t in [*module.named_parameters(), *module.named_buffers()]}
         state = module.state_dict(keep_vars=True)
