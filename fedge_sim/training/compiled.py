@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedge_sim.errors import CannotCompileError
+from fedge_sim.training import decompositions
 from fedge_sim.training.base import TrainSettings
 from fedge_sim.training.flat import FlatNetwork
 
@@ -83,19 +84,22 @@ class Step:
         momentum: Tensor,
         start: Tensor,
         correction: Tensor,
+        loss_sum: Tensor,
         lr: Tensor,
         prox_mu: Tensor,
         x: Tensor,
         y: Tensor,
         *others: Tensor,
     ) -> Tensor:
-        """Change vector, momentum (P,) and the network's other tensors in place.
+        """Change vector, momentum, the sum of losses and the network's other tensors in place.
 
         Parameters
         ----------
         vector, momentum, start, correction : Tensor (P,)
             Parameters, momentum buffer, where training started, and what is added to the
             gradient after clipping.
+        loss_sum : Tensor ()
+            To which the losses of the batch's examples are added, without the proximal term.
         lr, prox_mu : Tensor ()
         x : Tensor (batch, *example_shape)
         y : int64 Tensor (batch,)
@@ -123,6 +127,7 @@ class Step:
             gradient = gradient + correction + spec.weight_decay * vector
             momentum.copy_(spec.momentum * momentum + gradient)
             vector.copy_(vector - lr * momentum)
+            loss_sum.copy_(loss_sum + loss * len(y))
             for tensor, new in zip(others, changed, strict=True):
                 tensor.copy_(new)
         return loss.detach()
@@ -142,8 +147,7 @@ class Step:
             0.01 * normal(n),
             0.1 * normal(n),
             0.01 * normal(n),
-            torch.tensor(0.1, dtype=like.dtype),
-            torch.tensor(0.1, dtype=like.dtype),
+            *[torch.tensor(0.1, dtype=like.dtype) for _ in range(3)],
             normal(spec.batch_size, *spec.example_shape),
             torch.randint(classes, (spec.batch_size,), generator=draw),
             *[tensor.clone() for tensor in flat.others.values()],
@@ -244,9 +248,9 @@ def processor() -> str:
 
 
 def _sources(network: nn.Module) -> list[str]:
-    """Return the files of the classes that a network is made of, this module's, no library's."""
+    """Return the files of the classes that a network is made of, and ours; no library's."""
     classes = {type(module) for module in network.modules()} | {Step}
-    texts = set()
+    texts = {Path(decompositions.__file__).read_text(encoding="utf-8")}
     for cls in classes:
         if not cls.__module__.startswith("torch."):
             try:
@@ -308,7 +312,7 @@ def serve() -> None:
     step = Step(FlatNetwork(network, names), spec)
     try:
         arguments = step.arguments()
-        graph = make_fx(step, tracing_mode="fake")(*arguments)
+        graph = make_fx(step, decompositions.DECOMPOSITIONS, tracing_mode="fake")(*arguments)
         exported = torch.export.export(graph, tuple(arguments))
         torch._inductor.aoti_compile_and_package(exported, package_path=target)
     except Exception as error:  # of a network, or of a compiler: whatever it is, it is told
