@@ -25,7 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedge_sim.errors import CannotCompileError
-from fedge_sim.training import decompositions
+from fedge_sim.training import lowering
 from fedge_sim.training.base import TrainSettings
 from fedge_sim.training.flat import FlatNetwork
 
@@ -250,7 +250,7 @@ def processor() -> str:
 def _sources(network: nn.Module) -> list[str]:
     """Return the files of the classes that a network is made of, and ours; no library's."""
     classes = {type(module) for module in network.modules()} | {Step}
-    texts = {Path(decompositions.__file__).read_text(encoding="utf-8")}
+    texts = {Path(lowering.__file__).read_text(encoding="utf-8")}
     for cls in classes:
         if not cls.__module__.startswith("torch."):
             try:
@@ -312,9 +312,12 @@ def serve() -> None:
     step = Step(FlatNetwork(network, names), spec)
     try:
         arguments = step.arguments()
-        graph = make_fx(step, decompositions.DECOMPOSITIONS, tracing_mode="fake")(*arguments)
-        exported = torch.export.export(graph, tuple(arguments))
-        torch._inductor.aoti_compile_and_package(exported, package_path=target)
+        graph = make_fx(step, lowering.DECOMPOSITIONS, tracing_mode="fake")(*arguments)
+        exported = torch.export.export(graph, tuple(arguments)).run_decompositions({})
+        lowering.mask_by_input(exported.graph_module)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=target, inductor_configs=lowering.OPTIONS
+        )
     except Exception as error:  # of a network, or of a compiler: whatever it is, it is told
         first, *_ = str(error).strip().splitlines() or [""]
         sys.exit(f"{type(error).__name__}: {first}")

@@ -1,8 +1,9 @@
-"""BatchNorm and bias gradients written so that the compiler of a step makes fast CPU code of them.
+"""How a step is written for the compiler, so that fast code for a CPU comes out.
 
-Left alone, the compiler takes the root of a channel's variance once for every element, and sums
-a channel over the whole batch in one walk through memory. Here what belongs to a channel is
-computed once, and sums are taken within each example first, which is also more exact.
+Left alone, the compiler takes the root of a channel's variance once for every element, sums a
+channel over the whole batch in one walk through memory, and keeps what ReLU let through where
+what went into it would do. Here what belongs to a channel is computed once, sums are taken
+within each example first, which is also more exact, and ReLU's gradient asks for its input.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,8 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
 aten = torch.ops.aten
+
+# Computing a value of five tensors again is faster than fetching it from beyond the cache.
+OPTIONS = {"realize_reads_threshold": 8}
 
 
 def batch_norm(
@@ -131,3 +136,20 @@ DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     aten.native_batch_norm_backward.default: batch_norm_backward,
     aten.convolution_backward.default: convolution_backward,
 }
+
+
+def mask_by_input(module: GraphModule) -> None:
+    """Let ReLU's gradient look at what went into ReLU: it is positive where the result is.
+
+    Parameters
+    ----------
+    module : GraphModule
+        Of operators without side effects; it is changed.
+    """
+    for node in module.graph.find_nodes(op="call_function", target=aten.threshold_backward.default):
+        result = node.args[1]
+        while result.target is aten.detach.default:
+            result = result.args[0]
+        if result.target is aten.relu.default:
+            node.update_arg(1, result.args[0])
+    module.recompile()
