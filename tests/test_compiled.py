@@ -16,10 +16,11 @@ from fedge_sim.data.base import Examples, Standardisation
 from fedge_sim.errors import CannotCompileError
 from fedge_sim.models import build_model, initialise
 from fedge_sim.randomness import stream, torch_generator
-from fedge_sim.training import compiled
+from fedge_sim.training import compiled, lowering
 from fedge_sim.training.base import ClientTask, TrainSettings, model_arrays
 from fedge_sim.training.compiled import StepSpec, compiled_step, file_of
 from fedge_sim.training.flat import FlatNetwork
+from fedge_sim.training.local import Reference
 from fedge_sim.training.single import Single
 
 SHAPE = (2, 3)
@@ -144,6 +145,9 @@ def test_the_name_holds_all_that_a_step_depends_on(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "0")
     names.append(name())
     monkeypatch.undo()
+    monkeypatch.setattr(lowering, "__file__", __file__)
+    names.append(name())
+    monkeypatch.undo()
     assert len(set(names)) == len(names)
     assert name() == names[0]
 
@@ -219,10 +223,13 @@ def test_two_ways_of_one_model_have_steps_of_their_own():
 
 
 def test_a_buffer_that_is_replaced(tmp_path):
-    task = task_of(Counts(), n=14)  # three full batches and a short one
-    [ours] = Single(Counts(), tmp_path).train([task])
+    task = task_of(Counts(), n=14)  # three full batches and a short one, in each of two epochs
+    task = replace(task, settings=replace(task.settings, local_epochs=2))
+    [ours] = Single(network := Counts(), tmp_path).train([task])
     assert ours.path == "compiled"
-    assert ours.arrays["calls"] == 4
+    assert ours.arrays["calls"] == 8
+    [plain] = Reference(network).train([replace(task, order=stream(0, "x"))])
+    assert ours.loss == pytest.approx(plain.loss, rel=1e-5)
 
 
 def test_steps_are_compiled_for_a_cpu(tmp_path):

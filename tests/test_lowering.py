@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 
@@ -53,27 +54,54 @@ def test_batch_norm_is_pytorchs(shape, affine, tracks, seed):
         torch.testing.assert_close(list(backward[1:]), list(expected[1:]))
 
 
-def test_batch_norm_of_a_frozen_network_is_left_alone():
-    arguments = [draw(4, 3), draw(3), draw(3), draw(3), draw(3).abs()]
-    frozen = (False, 0.1, 1e-5)
-    assert DECOMPOSITIONS[aten.native_batch_norm.default](*arguments, *frozen) is NotImplemented
-    graph = traced(lambda *a: aten.native_batch_norm(*a, *frozen)[0], *arguments)
+def test_batch_norm_in_training_is_replaced():
+    def gradients(x, weight, bias):
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        out = functional.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+        return torch.autograd.grad(out.pow(3).sum(), leaves)
+
+    arguments = [draw(4, 3, 5), draw(3), draw(3, seed=1)]
+    graph = traced(gradients, *arguments)
+    assert not {t for t in targets(graph) if "batch_norm" in str(t)}
+    torch.testing.assert_close(graph(*arguments), gradients(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("training", "dtype"), [(False, torch.float64), (True, torch.float16), (True, torch.bfloat16)]
+)
+def test_batch_norm_frozen_or_of_16_bits_is_left_alone(training, dtype):
+    x, *channels = (t.to(dtype) for t in (draw(4, 3), draw(3), draw(3), draw(3), draw(3).abs()))
+    frozen = (training, 0.1, 1e-5)
+    graph = traced(lambda *a: aten.native_batch_norm(*a, *frozen)[0], x, *channels)
     assert aten.native_batch_norm.default in targets(graph)
+    saved = (channels[0], *channels[2:], draw(3), draw(3), training, 1e-5, [True] * 3)
+    backward = DECOMPOSITIONS[aten.native_batch_norm_backward.default]
+    assert backward(x, x, *saved) is NotImplemented
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_bias_gradients_are_sums(bias):
-    conv = nn.Conv2d(2, 3, 3, padding=1, groups=1, bias=bias).double()
-    values = [p.detach() for p in conv.parameters()]
+CONVOLUTIONS = {
+    "1d": (nn.Conv1d(2, 3, 3), (4, 2, 6)),
+    "2d": (nn.Conv2d(2, 3, 3, padding=1), (4, 2, 5, 6)),
+    "groups": (nn.Conv2d(4, 6, 3, groups=2), (4, 4, 5, 6)),
+    "3d": (nn.Conv3d(2, 3, 2), (2, 2, 4, 3, 3)),
+    "transposed": (nn.ConvTranspose2d(2, 3, 3), (4, 2, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("kind", CONVOLUTIONS)
+def test_bias_gradients_are_sums(kind):
+    conv, shape = CONVOLUTIONS[kind]
+    conv = conv.double()
+    names = [name for name, _ in conv.named_parameters()]
 
     def gradients(x, *parameters):
         leaves = [p.detach().requires_grad_() for p in (x, *parameters)]
-        out = functional.conv2d(*leaves, padding=1)
+        out = functional_call(conv, dict(zip(names, leaves[1:], strict=True)), leaves[0])
         return torch.autograd.grad(out.square().sum(), leaves)
 
-    x = draw(4, 2, 5, 6)
-    graph = traced(gradients, x, *values)
-    torch.testing.assert_close(graph(x, *values), gradients(x, *values))
+    arguments = [draw(*shape), *[p.detach() for p in conv.parameters()]]
+    graph = traced(gradients, *arguments)
+    torch.testing.assert_close(graph(*arguments), gradients(*arguments))
     [node] = graph.graph.find_nodes(op="call_function", target=aten.convolution_backward.default)
     assert node.args[-1] == [True, True, False]
 
@@ -95,8 +123,10 @@ def test_relus_gradient_asks_for_what_went_in(inplace):
     torch.testing.assert_close(graph(x)[0], gradient(x))
 
 
-def test_a_threshold_of_something_else_stays():
-    module = traced(lambda g, y: aten.threshold_backward(g, aten.sigmoid(y), 0.5), draw(3), draw(3))
+@pytest.mark.parametrize(("operator", "threshold"), [(aten.sigmoid, 0), (aten.relu, -1)])
+def test_another_threshold_stays(operator, threshold):
+    arguments = draw(3), draw(3)
+    module = traced(lambda g, y: aten.threshold_backward(g, operator(y), threshold), *arguments)
     mask_by_input(module)
     [node] = module.graph.find_nodes(op="call_function", target=aten.threshold_backward.default)
-    assert node.args[1].target is aten.sigmoid.default
+    assert node.args[1].target is operator.default

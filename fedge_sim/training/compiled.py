@@ -90,7 +90,7 @@ class Step:
         x: Tensor,
         y: Tensor,
         *others: Tensor,
-    ) -> Tensor:
+    ) -> None:
         """Change vector, momentum, the sum of losses and the network's other tensors in place.
 
         Parameters
@@ -105,11 +105,6 @@ class Step:
         y : int64 Tensor (batch,)
         *others : Tensor
             :attr:`FlatNetwork.others`.
-
-        Returns
-        -------
-        Tensor ()
-            The mean loss, without the proximal term.
         """
         spec, names = self._spec, list(self._flat.others)
         leaf = vector.detach().requires_grad_()
@@ -130,7 +125,6 @@ class Step:
             loss_sum.copy_(loss_sum + loss * len(y))
             for tensor, new in zip(others, changed, strict=True):
                 tensor.copy_(new)
-        return loss.detach()
 
     def arguments(self) -> list[Tensor]:
         """Return arguments of the right form, with values that a step can be tried on."""
@@ -171,10 +165,9 @@ class CompiledStep:
         except (AttributeError, TypeError) as error:
             raise CannotCompileError(f"this torch cannot load a compiled step: {error}") from None
 
-    def __call__(self, arguments: list[Tensor]) -> Tensor:
-        """Do a step in place and return the loss."""
-        loss: Tensor = self._run(arguments)[0]
-        return loss
+    def __call__(self, arguments: list[Tensor]) -> None:
+        """Do a step in place."""
+        self._run(arguments)
 
 
 def compiled_step(flat: FlatNetwork, spec: StepSpec, folder: Path) -> CompiledStep:
@@ -248,26 +241,27 @@ def processor() -> str:
 
 
 def _sources(network: nn.Module) -> list[str]:
-    """Return the files of the classes that a network is made of, and ours; no library's."""
-    classes = {type(module) for module in network.modules()} | {Step}
-    texts = {Path(lowering.__file__).read_text(encoding="utf-8")}
-    for cls in classes:
-        if not cls.__module__.startswith("torch."):
-            try:
-                texts.add(Path(inspect.getsourcefile(cls) or "").read_text(encoding="utf-8"))
-            except (OSError, TypeError):  # typed in, for example
-                problem = f"the network's {cls.__qualname__} has no source file to know it by"
-                raise CannotCompileError(problem) from None
+    """Return the files of the classes that a network is made of, and of ours; no library's."""
+    classes = {type(module) for module in network.modules()} | {Step, FlatNetwork}
+    own: list[Any] = [cls for cls in classes if not cls.__module__.startswith("torch.")]
+    texts = set()
+    for source in (lowering, *own):
+        try:
+            texts.add(Path(inspect.getsourcefile(source) or "").read_text(encoding="utf-8"))
+        except (OSError, TypeError):  # typed in, for example
+            problem = f"the network's {source.__name__} has no source file to know it by"
+            raise CannotCompileError(problem) from None
     return sorted(texts)
 
 
 def _is_same(step: Step, loaded: CompiledStep) -> bool:
     """Whether a loaded step does what plain PyTorch does, on one batch."""
     plain, compiled = step.arguments(), step.arguments()
-    losses = [step(*plain), loaded(compiled)]
+    step(*plain)
+    loaded(compiled)
     return all(
         torch.allclose(a.double(), b.double(), rtol=TOLERANCE, atol=TOLERANCE)
-        for a, b in zip([losses[0], *plain], [losses[1], *compiled], strict=True)
+        for a, b in zip(plain, compiled, strict=True)
     )
 
 
@@ -316,7 +310,7 @@ def serve() -> None:
         exported = torch.export.export(graph, tuple(arguments)).run_decompositions({})
         lowering.mask_by_input(exported.graph_module)
         torch._inductor.aoti_compile_and_package(
-            exported, package_path=target, inductor_configs=lowering.OPTIONS
+            exported, package_path=target, inductor_configs=dict(lowering.OPTIONS)
         )
     except Exception as error:  # of a network, or of a compiler: whatever it is, it is told
         first, *_ = str(error).strip().splitlines() or [""]

@@ -1,8 +1,8 @@
 """How a step is written for the compiler, so that fast code for a CPU comes out.
 
-Left alone, the compiler takes the root of a channel's variance once for every element, sums a
-channel over the whole batch in one walk through memory, and keeps what ReLU let through where
-what went into it would do. Here what belongs to a channel is computed once, sums are taken
+Left alone, the compiler takes the root of a channel's variance for every element, sums a channel
+over the whole batch in one walk through memory, and stores ReLU's result for the backward pass
+although its input is stored too. Here what belongs to a channel is computed once, sums are taken
 within each example first, which is also more exact, and ReLU's gradient asks for its input.
 """
 
@@ -15,7 +15,10 @@ from torch.fx import GraphModule
 
 aten = torch.ops.aten
 
-# Computing a value of five tensors again is faster than fetching it from beyond the cache.
+EXACT = (torch.float32, torch.float64)  # types that sums may be taken in
+
+# A value that is read from up to so many tensors (PyTorch: four) is computed again where it is
+# used, which is faster than fetching it from beyond the cache.
 OPTIONS = {"realize_reads_threshold": 8}
 
 
@@ -37,7 +40,7 @@ def batch_norm(
     weight, bias, running_mean, running_var : Tensor (C,), optional
         The running ones are changed in place; the variance is the unbiased one.
     training : bool
-        If not, this is left to PyTorch.
+        If not, or if x has 16 bits, this is left to PyTorch.
     momentum, eps : float
 
     Returns
@@ -46,14 +49,14 @@ def batch_norm(
     mean, inverse : Tensor (C,)
         Of the batch: the mean, and one over the deviation.
     """
-    if not training:
+    if not training or x.dtype not in EXACT:
         return NotImplemented
     count = x.numel() // x.shape[1]
     mean = _once(_over_channels(x) / count)
     centred = x - _along(mean, x)
     variance = _once(_over_channels(centred.square()) / count)
     inverse = _once(torch.rsqrt(variance + eps))
-    scale = inverse if weight is None else _once(inverse * weight)
+    scale = _scale(inverse, weight)
     out = centred * _along(scale, x)
     if bias is not None:
         out = out + _along(bias, x)
@@ -80,13 +83,13 @@ def batch_norm_backward(
 
     The other parameters are as there; the compiler leaves out what nobody uses.
     """
-    if not training:
+    if not training or x.dtype not in EXACT:
         return NotImplemented
     count = x.numel() // x.shape[1]
     centred = x - _along(mean, x)
     of_bias = _over_channels(gradient)
     of_weight = _once(_over_channels(gradient * centred) * inverse)
-    scale = inverse if weight is None else _once(inverse * weight)
+    scale = _scale(inverse, weight)
     # (g - mean of g - normalised x * mean of g * normalised x) * scale
     shared, slope = _once(of_bias / count), _once(scale * inverse * of_weight / count)
     of_x = (gradient - _along(shared, x)) * _along(scale, x) - centred * _along(slope, x)
@@ -126,8 +129,12 @@ def _along(channels: Tensor, x: Tensor) -> Tensor:
     return channels.view(-1, *[1] * (x.dim() - 2))
 
 
+def _scale(inverse: Tensor, weight: Tensor | None) -> Tensor:
+    return inverse if weight is None else _once(inverse * weight)
+
+
 def _once(channels: Tensor) -> Tensor:
-    """Return the same tensor (C,), which the compiler now stores, not computes where it is used."""
+    """Return (C,) as a view that the compiler has to store: it would compute it at every use."""
     return torch.as_strided(channels, channels.shape, channels.stride())
 
 
@@ -150,6 +157,6 @@ def mask_by_input(module: GraphModule) -> None:
         result = node.args[1]
         while result.target is aten.detach.default:
             result = result.args[0]
-        if result.target is aten.relu.default:
+        if result.target is aten.relu.default and node.args[2] == 0:
             node.update_arg(1, result.args[0])
     module.recompile()

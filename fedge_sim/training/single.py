@@ -119,7 +119,7 @@ class _Client:
         self._start, self._momentum = vector.clone(), torch.zeros_like(vector)
         self._correction = None if task.correction is None else flat.vector_of(task.correction)
         self._loss, self._seen = vector.new_zeros(()), 0
-        self._others: list[Tensor] = []
+        self._others: list[Tensor] | None = None
         fixed = torch.zeros_like(vector) if self._correction is None else self._correction
         numbers = [torch.tensor(v, dtype=vector.dtype) for v in (settings.lr, settings.prox_mu)]
         self._arguments = [vector, self._momentum, self._start, fixed, self._loss, *numbers]
@@ -154,7 +154,7 @@ class _Client:
     def _step(self, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         total = sum(len(y) for _, y in batches)
         if self.compiled is not None and total == self._task.settings.batch_size:
-            if not self._others:
+            if self._others is None:
                 self._others = list(self._flat.others.values())
             self.compiled([*self._arguments, *batches[0], *self._others])
         else:
@@ -171,7 +171,7 @@ class _Client:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
             logits = self._flat.network(x).to(self._flat.vector.dtype)
-        self._others = []  # it may have put new tensors in the place of its buffers
+        self._others = None  # it may have put new tensors in the place of its buffers
         smoothing = self._task.settings.label_smoothing
         loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
         self._loss += loss.detach() * len(y)
