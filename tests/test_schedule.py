@@ -109,8 +109,11 @@ def test_alone_is_alone():
         schedule.add(name, 1, 0.001, alone=name == "b")
     hands = []
     while schedule:
+        foretold = schedule.next_is_alone
         hands.append(schedule.deal(1, 4))
+        assert foretold == (hands[-1] == ["b"])
     assert ["b"] in hands
+    assert not schedule.next_is_alone
     assert sorted(name for hand in hands for name in hand) == list("abcd")
 
 

@@ -215,15 +215,20 @@ class RayGrid(LocalGrid):
             sharing = len(idle) - place if len(idle) == len(ready) else len(ready)
             self._hand_out(worker, len(ready), sharing)
         for worker in ready:
-            if len(worker.calls) == 1 and self._is_short(worker):
+            # A death may take along the reply before: who is run alone gets an actor alone, too.
+            if (
+                len(worker.calls) == 1
+                and not self._schedule.next_is_alone
+                and self._is_short(worker)
+            ):
                 self._hand_out(worker, len(ready), len(ready))
 
     def _is_short(self, worker: Worker) -> bool:
-        seconds = [
-            self._estimates.expect(task.kind, task.key, task.work)
-            for task in self._running[worker.calls[0]].tasks
-        ]
-        return None not in seconds and sum(s or 0.0 for s in seconds) <= 2 * HAND_SECONDS
+        tasks = self._running[worker.calls[0]].tasks
+        seconds = [self._estimates.expect(task.kind, task.key, task.work) for task in tasks]
+        if None in seconds or any(task.alone for task in tasks):
+            return False
+        return sum(s or 0.0 for s in seconds) <= 2 * HAND_SECONDS
 
     def _hand_out(self, worker: Worker, num_workers: int, sharing: int) -> None:
         tasks: list[_Task] = []

@@ -63,6 +63,11 @@ class Schedule(Generic[T]):
     def __len__(self) -> int:
         return len(self._heap)
 
+    @property
+    def next_is_alone(self) -> bool:
+        """Whether the next hand is of a job that must not share one."""
+        return bool(self._heap) and self._heap[0].alone
+
     def add(self, job: T, work: float, seconds: float | None, *, alone: bool = False) -> None:
         """Let a job wait.
 
