@@ -249,7 +249,7 @@ def _sources(network: nn.Module) -> list[str]:
         try:
             texts.add(Path(inspect.getsourcefile(source) or "").read_text(encoding="utf-8"))
         except (OSError, TypeError):  # typed in, for example
-            problem = f"the network's {source.__name__} has no source file to know it by"
+            problem = f"{source.__name__} has no source file to know the network by"
             raise CannotCompileError(problem) from None
     return sorted(texts)
 
