@@ -1,6 +1,8 @@
 """Settings that make no sense together, and why."""
 
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TypeAlias
 
 from fedge_sim.errors import ConfigError
 
@@ -8,13 +10,25 @@ if TYPE_CHECKING:
     from fedge_sim.config import Settings
 
 
+Case: TypeAlias = tuple[bool, str, str, str]  # whether it is wrong, table, key, the problem
+
+
 def refuse_what_makes_no_sense(settings: "Settings") -> None:
-    """Raise ConfigError with the reason if settings of methods contradict each other."""
+    """Raise ConfigError with the reason if settings contradict each other."""
+    for wrong, table, key, problem in (*_of_methods(settings), *_of_devices(settings)):
+        if wrong:
+            value = settings.model_dump(by_alias=True)
+            for part in (*table.split("."), key):
+                value = value[part]
+            raise ConfigError.at(table, key, value, problem)
+
+
+def _of_methods(settings: "Settings") -> Iterable[Case]:
     h, cluster = settings.hierarchy, settings.cloud_cluster
     rule, servers = h.client_rule, h.num_servers
     clusters = cluster.enable and cluster.method != "none"
     own_average = rule in ("scaffold", "pfedme", "local", "centralised")
-    for wrong, table, key, problem in (
+    return (
         (
             rule == "centralised" and servers > 1,
             *("hierarchy", "client_rule"),
@@ -79,7 +93,141 @@ def refuse_what_makes_no_sense(settings: "Settings") -> None:
             *("cloud_cluster", "num_clusters"),
             f"must be at most num_servers = {servers}, as leaf servers are grouped",
         ),
-    ):  # fmt: skip
-        if wrong:
-            value = settings.model_dump()[table][key]
-            raise ConfigError.at(table, key, value, problem)
+        (
+            h.optimizer == "adam" and rule in ("scaffold", "pfedme"),
+            *("hierarchy", "optimizer"),
+            f"client_rule = {rule!r} is about steps of SGD: must be \"sgd\"",
+        ),
+    )  # fmt: skip
+
+
+def _of_devices(settings: "Settings") -> Iterable[Case]:
+    d, a, h = settings.devices, settings.asynchronous, settings.hierarchy
+    rule = a.rule
+    if not d.enable:
+        yield (
+            rule != "fedavg",
+            *("asynchronous", "rule"),
+            "needs a virtual clock: set devices.enable = true",
+        )
+        return
+    yield (
+        not d.device_speed.mean,
+        *("devices", "device_speed"),
+        "is missing: the simulated seconds that a device trains, for example "
+        '{distribution = "exponential", mean = [1.0, 1.3, 1.6], shares = [0.25, 0.5, 0.25]}',
+    )
+    yield (
+        not d.job_timeout and (d.dropout > 0 or d.availability.online < 1),
+        *("devices", "job_timeout"),
+        "must be above 0 where devices drop out or go offline: servers would wait for ever",
+    )
+    yield (
+        d.local_iters > 0 and h.local_steps > 0,
+        *("devices", "local_iters"),
+        "is hierarchy.local_steps by the name of older programs: set one of them",
+    )
+    if settings.by_versions:
+        yield from _of_versions(settings)
+        return
+    for table, key, value, default in (
+        ("devices", "num_updates_for_model", d.num_updates_for_model, 0),
+        ("asynchronous", "server", a.server, "cloud"),
+    ):
+        yield (
+            value != default,
+            *(table, key),
+            'is about versions: rounds of all clients (rule = "fedavg", devices_per_leaf = 0) '
+            "have none",
+        )
+
+
+def _of_versions(settings: "Settings") -> Iterable[Case]:
+    d, a, h, config = settings.devices, settings.asynchronous, settings.hierarchy, settings.data
+    rule, of_leaf = a.rule, a.server == "leaf"
+    pool = min(h.clients_per_server) if of_leaf else h.num_clients
+    selected, updates = d.device_selection_size, settings.updates_for_model
+    whose = "under a leaf server" if of_leaf else "in all"
+    if rule == "fedavg":
+        selected = math.ceil(selected * (1 + d.over_selection))
+    yield (
+        selected > pool,
+        *("devices", "device_selection_size"),
+        f"{selected} devices are selected and there are {pool} {whose}: select fewer",
+    )
+    yield (
+        rule != "fedavg" and d.over_selection > 0,
+        *("devices", "over_selection"),
+        'is for rounds that wait for all (rule = "fedavg"): must be 0',
+    )
+    yield (
+        rule == "fedavg" and d.num_updates_for_model not in (0, d.device_selection_size),
+        *("devices", "num_updates_for_model"),
+        f"FedAvg waits for all {d.device_selection_size} selected devices: leave it out",
+    )
+    yield (
+        rule == "fedasync" and updates != 1,
+        *("devices", "num_updates_for_model"),
+        "FedAsync makes a version of every update: must be 1",
+    )
+    yield (
+        updates > d.device_selection_size,
+        *("devices", "num_updates_for_model"),
+        f"a version would wait for {updates} updates of {d.device_selection_size} active devices: "
+        "must be at most device_selection_size",
+    )
+    yield (
+        d.min_hole_to_fill > d.device_selection_size,
+        *("devices", "min_hole_to_fill"),
+        f"there are never so many free places: at most {d.device_selection_size} "
+        "(device_selection_size)",
+    )
+    versions = d.max_model_version
+    per_version, rest = (selected, 0) if rule == "fedavg" else (updates, selected - updates)
+    needed = versions * per_version + rest
+    yield (
+        not d.device_reuse and needed > pool,
+        *("devices", "device_reuse"),
+        f"{versions} versions of {per_version} devices each, and {rest} more at work, take "
+        f"{needed} devices, and there are {pool} {whose}: use more devices or fewer versions, or "
+        "let devices be used again",
+    )
+    yield (
+        of_leaf and (a.cloud_interval > 0) == (a.cloud_versions > 0),
+        *("asynchronous", "cloud_interval"),
+        "or cloud_versions must be set, and not both: when the cloud meets the leaf servers",
+    )
+    yield (
+        not of_leaf and (a.cloud_interval > 0 or a.cloud_versions > 0),
+        *("asynchronous", "cloud_interval"),
+        'and cloud_versions are for versions made by leaf servers (server = "leaf")',
+    )
+    yield (
+        rule == "fedrevive"
+        and (settings.fedrevive.variant == "light") != bool(settings.fedrevive.unlabelled_data),
+        *("fedrevive", "unlabelled_data"),
+        'is the .npz file of examples that variant = "light" distils on, and only that variant',
+    )
+    for key, value, allowed, reason in (
+        ("client_rule", h.client_rule, "sgd", "devices keep nothing from one job to the next"),
+        ("leaf_strategy", h.leaf_strategy, "", "asynchronous.rule says how a server averages"),
+        ("participation", h.participation, 1.0, "devices.device_selection_size says how many"),
+    ):
+        yield (value != allowed, "hierarchy", key, f"{reason}: must be {allowed!r}")
+    if d.devices_per_leaf:
+        yield (
+            config.partition not in ("iid", "dirichlet"),
+            *("app.config", "partition"),
+            "examples of devices are drawn when they are used (devices.devices_per_leaf): "
+            'allowed: "iid", "dirichlet"',
+        )
+        yield (
+            config.standardise == "client",
+            *("app.config", "standardise"),
+            'devices are too many to each have a scale: allowed: "global", "none"',
+        )
+        yield (
+            config.label_swap > 0,
+            *("app.config", "label-swap"),
+            "is for the clients of a hierarchy (devices.devices_per_leaf = 0): must be 0",
+        )

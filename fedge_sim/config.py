@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     ConfigDict,
     Field,
     StrictInt,
@@ -26,6 +24,26 @@ from pydantic import (
 )
 
 from fedge_sim.combinations import refuse_what_makes_no_sense
+from fedge_sim.config_devices import Asynchronous, Devices, FedRevive
+from fedge_sim.config_types import (
+    AbsolutePath,
+    AutoCount,
+    AutoCpus,
+    AutoGpus,
+    AutoSwitch,
+    Count,
+    Fraction,
+    NonNegative,
+    OptionalPath,
+    Positive,
+    ProfileBatch,
+    ProfileCount,
+    ProfileShare,
+    ProfileSwitch,
+    Seconds,
+    Table,
+    absolute,
+)
 from fedge_sim.errors import ConfigError, suggest
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
@@ -38,49 +56,7 @@ _FLOWER_APP_KEYS = {
 }
 
 
-def _absolute(path: str) -> str:
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError as error:  # ~somebody, who is not known here
-        raise ValueError(f"is no path: {error}") from None
-
-
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Seconds = Annotated[float, Field(gt=0, le=3600)]
-NonNegative = Annotated[float, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-AbsolutePath = Annotated[str, AfterValidator(_absolute)]
-OptionalPath = Annotated[str, AfterValidator(lambda path: path and _absolute(path))]
-
-# A value, or a word for "found out here" or "as the GPU profile has it". The description is
-# what the user is told to be allowed: pydantic reports each side of a union on its own.
-AutoCount = Annotated[Literal["auto"] | Count, Field(description='"auto" or an integer from 1')]
-AutoCpus = Annotated[Literal["auto"] | Positive, Field(description='"auto" or a number above 0')]
-AutoGpus = Annotated[
-    Literal["auto"] | Annotated[float, Field(ge=0, le=1)],
-    Field(description='"auto" or a number from 0 to 1'),
-]
-ProfileBatch = Annotated[
-    Literal["profile"] | Annotated[int, Field(ge=2, le=2**31 - 1)],
-    Field(description='"profile" or an integer from 2 to 2147483647'),
-]
-ProfileCount = Annotated[
-    Literal["profile"] | Count, Field(description='"profile" or an integer from 1')
-]
-ProfileShare = Annotated[
-    Literal["profile"] | Annotated[float, Field(gt=0, le=1)],
-    Field(description='"profile" or a number above 0, up to 1'),
-]
-AutoSwitch = Annotated[Literal["auto"] | bool, Field(description='"auto", true or false')]
-ProfileSwitch = Annotated[Literal["profile"] | bool, Field(description='"profile", true or false')]
-
-
-class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class AppConfig(_Table):
+class AppConfig(Table):
     """``[tool.flwr.app.config]``: the data, the model, the seed and where results go.
 
     Keys are written with dashes, as Flower's own are. Paths are made absolute when read.
@@ -99,6 +75,7 @@ class AppConfig(_Table):
     partition_file: OptionalPath = ""
     split: Literal["random", "blocked"] = "random"
     standardise: Literal["global", "client", "none"] = "global"
+    image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     use_watches: bool = True
     sample_rate_hz: Annotated[int, Field(ge=5, le=10_000)] = 50
     window_seconds: Seconds = 2.0
@@ -119,7 +96,7 @@ class AppConfig(_Table):
         return round(self.sample_rate_hz * self.window_seconds), max(1, stride)
 
 
-class Hierarchy(_Table):
+class Hierarchy(Table):
     """``[tool.flwr.hierarchy]``: the topology and how clients, leaves and cloud learn."""
 
     num_servers: Count = 3
@@ -137,6 +114,7 @@ class Hierarchy(_Table):
     batch_size: ProfileBatch = 32
     accumulation: ProfileCount = 1
     eval_batch_size: Count = 64
+    optimizer: Literal["sgd", "adam"] = "sgd"
     momentum: Fraction = 0.9
     weight_decay: NonNegative = 0.0001
     clip_norm: NonNegative = 1.0
@@ -154,7 +132,7 @@ class Hierarchy(_Table):
     participation: Annotated[float, Field(gt=0, le=1)] = 1.0
     averaging: Literal["weighted", "uniform"] = "weighted"
     leaf_strategy: str = ""
-    leaf_strategy_options: dict[str, bool | int | float | str] = {}
+    leaf_strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     es_patience: Annotated[int, Field(ge=0)] = 5
     es_delta: NonNegative = 0.001
     target_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -217,7 +195,7 @@ class Hierarchy(_Table):
         return self.lr_init * self.lr_gamma ** (global_round - 1)
 
 
-class CloudCluster(_Table):
+class CloudCluster(Table):
     """``[tool.flwr.cloud_cluster]``: when and how the cloud groups the leaf servers."""
 
     enable: bool = True
@@ -239,7 +217,7 @@ class CloudCluster(_Table):
         return self.enable and self.method != "none" and on_time
 
 
-class Runtime(_Table):
+class Runtime(Table):
     """``[tool.flwr.runtime]``: how the work is carried out; never changes a result's meaning.
 
     What is ``"auto"`` follows from the machine, what is ``"profile"`` from ``gpu_profile``.
@@ -285,19 +263,35 @@ class Runtime(_Table):
         return self
 
 
-class _AppTable(_Table):
+class _AppTable(Table):
     """``[tool.flwr.app]``; what else stands there is Flower's, and left out before."""
 
     config: AppConfig = Field(default_factory=AppConfig)
 
 
-class Settings(_Table):
+class Settings(Table):
     """All settings of a run, frozen."""
 
     app: _AppTable = Field(default_factory=_AppTable)
     hierarchy: Hierarchy = Hierarchy()
     cloud_cluster: CloudCluster = CloudCluster()
+    devices: Devices = Devices()
+    asynchronous: Asynchronous = Asynchronous()
+    fedrevive: FedRevive = FedRevive()
     runtime: Runtime = Runtime()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drawn_devices_are_the_clients(cls, tables: Any) -> Any:
+        """Let ``devices_per_leaf`` take the place of ``clients_per_server``."""
+        tables = dict(tables) if isinstance(tables, Mapping) else {}
+        devices, hierarchy = tables.get("devices"), tables.get("hierarchy", {})
+        if isinstance(devices, Mapping) and isinstance(hierarchy, Mapping):
+            per_leaf, servers = devices.get("devices_per_leaf"), hierarchy.get("num_servers", 3)
+            whole = isinstance(per_leaf, int) and isinstance(servers, int)
+            if whole and per_leaf and devices.get("enable"):
+                tables["hierarchy"] = {**hierarchy, "clients_per_server": (per_leaf,) * servers}
+        return tables
 
     @model_validator(mode="after")
     def _every_leaf_has_enough_clients(self) -> Self:
@@ -315,6 +309,19 @@ class Settings(_Table):
     def _the_methods_go_together(self) -> Self:
         refuse_what_makes_no_sense(self)
         return self
+
+    @property
+    def by_versions(self) -> bool:
+        """Whether servers make versions of updates of devices, not rounds of all clients."""
+        drawn = self.devices.devices_per_leaf > 0
+        return self.devices.enable and (drawn or self.asynchronous.rule != "fedavg")
+
+    @property
+    def updates_for_model(self) -> int:
+        """How many updates make a version."""
+        devices, rule = self.devices, self.asynchronous.rule
+        default = devices.device_selection_size if rule == "fedavg" else 1
+        return devices.num_updates_for_model or default
 
     @property
     def data(self) -> AppConfig:
@@ -345,7 +352,7 @@ class Settings(_Table):
 
     def with_data_root(self, path: str) -> Self:
         """Return the settings with the data somewhere else: a node's own folder."""
-        config = self.app.config.model_copy(update={"data_root": _absolute(path)})
+        config = self.app.config.model_copy(update={"data_root": absolute(path)})
         return self.model_copy(update={"app": self.app.model_copy(update={"config": config})})
 
     def with_runtime(self, **values: object) -> Self:

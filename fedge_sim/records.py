@@ -26,6 +26,11 @@ from fedge_sim.training.local import Evaluation
 # Purposes of messages: train; evaluate a leaf's model before the cloud step, the model that the
 # cloud hands back to the leaf, the average of all leaves, the client's own.
 TRAIN, LEAF, CLOUD, GLOBAL, PERSONAL = "train", "leaf", "cloud", "global", "personal"
+# Of a device's job; it takes the place of the round in the name of the job's random stream.
+JOB = "job"
+# Evaluate on what no client trains on, cut into so many shards; the client is the shard's number.
+HELD_OUT, SHARDS = "held-out", "shards"
+CLASS_COUNTS = "class-counts"  # of a client's training examples, which FedRevive asks for
 # Names of the records in a message: SCAFFOLD's variate, or its change, goes beside the model.
 ARRAYS, CONFIG, METRICS, VARIATE = "arrays", "config", "metrics", "variate"
 # Keys of its config and metrics.

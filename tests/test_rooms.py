@@ -39,7 +39,7 @@ def test_only_some_rooms_know_flower_and_only_the_runtime_knows_ray():
 # From the ground up; what stands on one line stands on one floor.
 FLOORS = [
     {"errors"},
-    {"config", "combinations", "randomness"},
+    {"config", "config_types", "config_devices", "combinations", "randomness"},
     {"algorithms", "models", "training", "data", "methods", "checkpoint"},
     {"cloud", "records"},
     {"reporting", "runtime", "client", "client_app", "leaf", "leaf_strategy", "member"},
