@@ -3,6 +3,7 @@
 import logging
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +43,7 @@ def train_settings(settings: Settings, lr: float, prox_mu: float) -> TrainSettin
     how = TrainSettings(
         lr=lr,
         local_epochs=h.local_epochs,
-        local_steps=h.local_steps,
+        local_steps=_local_steps(settings),
         batch_size=batch_size,
         accumulation=accumulation,
         momentum=h.momentum,
@@ -50,8 +51,15 @@ def train_settings(settings: Settings, lr: float, prox_mu: float) -> TrainSettin
         clip_norm=h.clip_norm,
         label_smoothing=h.label_smoothing,
         prox_mu=0.0 if alone else prox_mu,
+        optimizer=h.optimizer,
     )
     return pfedme_settings(how, h) if h.client_rule == "pfedme" else how
+
+
+def _local_steps(settings: Settings) -> int:
+    """Return after how many steps a client's training ends; 0 if by epochs."""
+    devices = settings.devices
+    return (devices.enable and devices.local_iters) or settings.hierarchy.local_steps
 
 
 def initial_model(settings: Settings, example_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -181,7 +189,7 @@ def choose(settings: Settings, *, cohorts: bool = True, compiles: bool = True) -
     form = (data.example_shape, len(data.classes))
     torch.set_num_threads(runtime.threads_per_client)
     workers = max(1, torch.cuda.device_count() if _on_gpu(settings) else _workers(settings))
-    most = min(MAX_COHORT, math.ceil(len(data.clients) / workers)) if cohorts else 1
+    most = min(MAX_COHORT, math.ceil(settings.clients_at_a_time / workers)) if cohorts else 1
     if runtime.cohort_size != "auto":
         most = min(most, runtime.cohort_size)
     if runtime.training in ("reference", "single") or settings.hierarchy.client_rule == "pfedme":
@@ -218,16 +226,26 @@ def _steps(settings: Settings, data: FederatedData) -> int:
     """Return how many steps all clients will do in the run."""
     h, (batch_size, accumulation) = settings.hierarchy, gpu.batch_of(settings)
     size = batch_size * accumulation
-    an_epoch = (-(-len(client.train) // size) for client in data.clients)
-    each = (h.local_steps or h.local_epochs * steps for steps in an_epoch)
+    if settings.by_versions:  # of devices, which are not all looked at: the first stands for them
+        an_epoch = -(-len(data.clients[0].train) // size)
+        a_job = _local_steps(settings) or h.local_epochs * an_epoch
+        return settings.devices.max_model_version * settings.updates_for_model * a_job
+    epochs = (-(-len(client.train) // size) for client in data.clients)
+    each = (_local_steps(settings) or h.local_epochs * steps for steps in epochs)
     inner = h.pfedme_steps if h.client_rule == "pfedme" else 1
     share = 1.0 if h.client_rule == "centralised" else h.participation
     return int(inner * share * h.global_rounds * h.server_rounds_per_global * sum(each))
 
 
 def _trial(settings: Settings, data: FederatedData, size: int, steps: int) -> list[ClientTask]:
-    """Return so many tasks, of so many full steps each, on the data of the largest clients."""
-    largest = sorted(range(len(data.clients)), key=lambda c: -len(data.clients[c].train))[:size]
+    """Return so many tasks, of so many full steps each, on the data of the largest clients.
+
+    Devices of a run of versions, which may be very many, are taken as they come.
+    """
+    ids: Sequence[int] = range(len(data.clients))
+    if not settings.by_versions:
+        ids = sorted(ids, key=lambda client: -len(data.clients[client].train))
+    largest = ids[:size]
     how = train_settings(settings, lr=1e-3, prox_mu=settings.hierarchy.prox_mu)
     how = replace(how, local_steps=steps)
     start = model_arrays(_network(settings, data.example_shape, len(data.classes)))

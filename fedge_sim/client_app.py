@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, MetricRecord
 from flwr.clientapp import ClientApp
@@ -32,7 +33,7 @@ from fedge_sim.member import Member, keeps_a_model
 from fedge_sim.models import build_model
 from fedge_sim.randomness import stream
 from fedge_sim.training.base import ClientTask, load_arrays
-from fedge_sim.training.evaluation import evaluate_together
+from fedge_sim.training.evaluation import Part, evaluate_together
 
 app = ClientApp()
 
@@ -66,6 +67,9 @@ def clients_served(message: Message, context: Context) -> Message:
 def describe_data(message: Message, context: Context) -> Message:
     """Answer which examples the asked clients hold, and of what form.
 
+    Of devices that draw their examples none is asked for; then the scale of all is in the answer,
+    and how many examples are held out.
+
     What a user can mend (a missing folder, too few examples) is part of the answer.
     """
     asked = records.config_of(message)
@@ -74,14 +78,16 @@ def describe_data(message: Message, context: Context) -> Message:
     except FedgeError as error:
         return records.reply(message, config=ConfigRecord({records.ERROR: str(error)}))
     clients = asked[records.CLIENT_IDS]
+    servers = data.clients_per_server if data.whole is not None else ()
     answer = records.describe(
         DataSummary(
             clients=tuple(data.clients[client] for client in clients),
             example_shape=data.example_shape,
             classes=data.classes,
-            scales=tuple(data.scales[client] for client in clients),
+            scales=tuple(data.scales[client] for client in (clients or [0])),
             content=data.dataset.content,
             groups=tuple(data.groups[client] for client in clients) if data.groups else (),
+            num_held_out=tuple(len(data.held_out(leaf)) for leaf in range(len(servers))),
         )
     )
     return records.reply(message, config=answer)
@@ -140,7 +146,7 @@ def _train(messages: Sequence[Message], context: Context) -> list[Message]:
                 examples=examples,
                 rows=rows,
                 settings=train_settings(settings, config[records.LR], config[records.PROX_MU]),
-                order=stream(settings.seed, "batches", config[records.ROUND], client),
+                order=_order(settings, config),
                 correction=member.correction(message),
             )
         )
@@ -155,6 +161,7 @@ def _train(messages: Sequence[Message], context: Context) -> list[Message]:
                     records.NUM_EXAMPLES: len(task.rows),
                     records.LOSS: update.loss,
                     records.SECONDS: update.seconds,
+                    **_class_counts(settings, data, task),
                 }
             ),
         )
@@ -162,6 +169,24 @@ def _train(messages: Sequence[Message], context: Context) -> list[Message]:
             messages, members, tasks, kit.path.train(tasks), strict=True
         )
     ]
+
+
+def _order(settings: Settings, config: dict[str, Any]) -> np.random.Generator:
+    """Return what draws the order of a client's batches: of a round, or of a device's job."""
+    client, job = config[records.CLIENT_ID], config.get(records.JOB)
+    if job is None:
+        return stream(settings.seed, "batches", config[records.ROUND], client)
+    return stream(settings.seed, "batches/job", job, client)
+
+
+def _class_counts(
+    settings: Settings, data: FederatedData, task: ClientTask
+) -> dict[str, list[int]]:
+    """Return a client's training examples of each class, if the rule needs them."""
+    if settings.asynchronous.rule != "fedrevive":
+        return {}
+    counts = np.bincount(task.examples.y[task.rows], minlength=len(data.classes))
+    return {records.CLASS_COUNTS: counts.tolist()}
 
 
 def _evaluate(messages: Sequence[Message], context: Context) -> list[Message]:
@@ -176,9 +201,7 @@ def _evaluate(messages: Sequence[Message], context: Context) -> list[Message]:
     load_arrays(kit.network, member.used(given, config[records.PURPOSE]))
     parts = []
     for message in messages:
-        client = records.config_of(message)[records.CLIENT_ID]
-        own, examples = data.clients[client], examples_of(settings, data, client)
-        parts += [(examples, own.test if split == "test" else own.train) for split in splits]
+        parts += _parts(settings, data, records.config_of(message))
     results = iter(
         evaluate_together(
             kit.network, parts, settings.hierarchy.eval_batch_size, autocast_of(settings)
@@ -191,6 +214,17 @@ def _evaluate(messages: Sequence[Message], context: Context) -> list[Message]:
             records.put_evaluation(metrics, split, next(results))
         replies.append(records.reply(message, metrics=metrics))
     return replies
+
+
+def _parts(settings: Settings, data: FederatedData, config: dict[str, Any]) -> list[Part]:
+    """Return the examples that a message asks to evaluate on, split by split."""
+    splits, client = config[records.SPLITS], config[records.CLIENT_ID]
+    if splits == [records.HELD_OUT]:  # each example as its own client sees it
+        rows = data.held_out(config[records.LEAF_ID])
+        shard = np.array_split(rows, config[records.SHARDS])[client]
+        return [(pooled_examples(settings, data)[0], shard)]
+    own, examples = data.clients[client], examples_of(settings, data, client)
+    return [(examples, own.test if split == "test" else own.train) for split in splits]
 
 
 def open_data(settings: Settings) -> FederatedData:

@@ -130,6 +130,16 @@ def _of_devices(settings: "Settings") -> Iterable[Case]:
     if settings.by_versions:
         yield from _of_versions(settings)
         return
+    yield (
+        d.over_selection > 0 and h.participation == 1,
+        *("devices", "over_selection"),
+        "all clients are selected already: must be 0 with hierarchy.participation = 1",
+    )
+    yield (
+        h.client_rule == "centralised",
+        *("devices", "enable"),
+        'is about clients, and with client_rule = "centralised" one server has all data',
+    )
     for table, key, value, default in (
         ("devices", "num_updates_for_model", d.num_updates_for_model, 0),
         ("asynchronous", "server", a.server, "cloud"),
@@ -169,6 +179,17 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
         rule == "fedasync" and updates != 1,
         *("devices", "num_updates_for_model"),
         "FedAsync makes a version of every update: must be 1",
+    )
+    yield (
+        rule == "fedasync" and h.server_lr != 1,
+        *("hierarchy", "server_lr"),
+        "FedAsync mixes by asynchronous.mixing: must be 1",
+    )
+    yield (
+        rule == "fedrevive" and config.standardise == "none",
+        *("app.config", "standardise"),
+        "examples that FedRevive makes up have mean 0 and variance 1, so clients' must be "
+        'standardised: allowed: "global", "client"',
     )
     yield (
         updates > d.device_selection_size,

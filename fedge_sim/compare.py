@@ -120,6 +120,8 @@ def plan_run(
     file = toml(str(_partition_file(folder, seed, servers)))
     assignments += ["app.config.partition=file", f"app.config.partition-file={file}"]
     settings = load_settings(config, assignments=assignments, output_dir=place, seed=str(seed))
+    if settings.by_versions:
+        raise ConfigError("devices that are drawn or asynchronous have no rounds to compare here")
     if servers != variant.method.clients_per_server(deals):
         shape = {"flat": "one leaf server for all clients", "clients": "one for each client"}
         wanted = shape.get(variant.method.topology, f"{list(deals)} clients, as the others")
@@ -255,7 +257,7 @@ def finish(planned: Planned, console: Console) -> tuple[Run, bool]:
         everything = standard_callbacks(console)
         callbacks = [c for c in everything if not isinstance(c, ConsoleReporter)]
         if begun:
-            folder = orchestrator.resume(begun[-1], callbacks).folder
+            folder = orchestrator.resume(begun[-1], lambda _: callbacks).folder
         else:
             folder = orchestrator.run(settings, callbacks).folder
     run = read_run(folder, settings.seed)

@@ -10,6 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -169,10 +170,10 @@ class Hierarchy(Table):
         return clients
 
     @property
-    def leaf_clients(self) -> tuple[tuple[int, ...], ...]:
+    def leaf_clients(self) -> tuple[range, ...]:
         """The client ids of every leaf server: client 0, 1, ... in leaf order."""
-        ids = iter(range(self.num_clients))
-        return tuple(tuple(next(ids) for _ in range(n)) for n in self.clients_per_server)
+        ends = accumulate(self.clients_per_server, initial=0)
+        return tuple(range(*span) for span in pairwise(ends))
 
     @property
     def num_clients(self) -> int:
@@ -317,11 +318,25 @@ class Settings(Table):
         return self.devices.enable and (drawn or self.asynchronous.rule != "fedavg")
 
     @property
+    def local_steps(self) -> int:
+        """Steps after which a client's training ends; 0: after ``hierarchy.local_epochs``."""
+        return (self.devices.enable and self.devices.local_iters) or self.hierarchy.local_steps
+
+    @property
     def updates_for_model(self) -> int:
         """How many updates make a version."""
         devices, rule = self.devices, self.asynchronous.rule
         default = devices.device_selection_size if rule == "fedavg" else 1
         return devices.num_updates_for_model or default
+
+    @property
+    def clients_at_a_time(self) -> int:
+        """How many clients may be at work at a time, for whoever sizes what trains them."""
+        d, h = self.devices, self.hierarchy
+        if not self.by_versions:
+            return h.num_clients
+        servers = h.num_servers if self.asynchronous.server == "leaf" else 1
+        return min(servers * d.device_selection_size, h.num_clients)
 
     @property
     def data(self) -> AppConfig:

@@ -1,9 +1,10 @@
 """A leaf server: a Flower Strategy over its own clients, with the accuracy gate."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord
@@ -16,10 +17,13 @@ from fedge_sim.algorithms.aggregation import step_towards, weighted_mean
 from fedge_sim.algorithms.scaffold import server_variate
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
-from fedge_sim.errors import RoundError
+from fedge_sim.errors import RoundError, StalledError
 from fedge_sim.leaf_strategy import LeafRule
 from fedge_sim.randomness import stream
 from fedge_sim.records import Address
+from fedge_sim.runtime.device_pool import DevicePool
+from fedge_sim.runtime.rounds import Fate, simulate_round
+from fedge_sim.runtime.timeline import ROUNDS_IN_VAIN
 from fedge_sim.training.local import Evaluation, pool
 
 log = logging.getLogger(__name__)
@@ -37,12 +41,21 @@ class ClientWork:
         Of computation.
     bytes_up, bytes_down : int
         Of model that the client sent and received for training.
+    simulated_seconds : float
+        That its leaf server waited for it at most, on the virtual clock.
+    fate : str
+        How the device's last job ended; empty where there is no clock, or it was not selected.
+    lost : int
+        Its jobs that gave no update.
     """
 
     loss: float = float("nan")
     seconds: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    simulated_seconds: float = 0.0
+    fate: Fate | Literal[""] = ""
+    lost: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,8 @@ class LeafServer(Strategy):
         Names of the arrays that stay with the clients, and are never sent.
     rule : LeafRule, optional
         Averages in the place of the weighted mean.
+    pool : DevicePool, optional
+        Says how long clients take, and which are lost; none: nobody is.
 
     Attributes
     ----------
@@ -99,6 +114,8 @@ class LeafServer(Strategy):
         What each client did in this global round.
     evaluations : dict of str to dict of int to dict of str to Evaluation
         By purpose, client and split.
+    now : float
+        Simulated seconds at which its last server round ended.
     """
 
     index: int
@@ -109,12 +126,14 @@ class LeafServer(Strategy):
     data: DataSummary
     personal: Set[str] = frozenset()
     rule: LeafRule | None = None
+    pool: DevicePool | None = None
     model: Arrays = field(default_factory=dict)
     variate: Arrays = field(default_factory=dict)
     started_from: Arrays = field(default_factory=dict)
     num_examples: int = 0
     work: dict[int, ClientWork] = field(default_factory=dict)
     evaluations: dict[str, dict[int, dict[str, Evaluation]]] = field(default_factory=dict)
+    now: float = 0.0
     _start: ArrayRecord = field(default_factory=ArrayRecord)
     _bytes_down: int = 0
     _asked: Sequence[int] = ()
@@ -123,12 +142,18 @@ class LeafServer(Strategy):
     def __post_init__(self) -> None:
         self._asked = self.clients
 
-    def begin(self, cloud_model: Arrays) -> Gate:
+    def begin(self, cloud_model: Arrays, now: float = 0.0) -> Gate:
         """Start a global round: take the cloud's model, or keep the own (the accuracy gate).
 
         The own latest model is kept if the cloud's is less accurate than it plus
         ``cluster_better_delta``, both on the test windows of the leaf's clients, as evaluated
         at the end of the round before. In the first round the cloud's is taken.
+
+        Parameters
+        ----------
+        cloud_model : Arrays
+        now : float
+            Simulated seconds.
 
         Returns
         -------
@@ -142,7 +167,7 @@ class LeafServer(Strategy):
         rejected = acc_new < acc_old + self.settings.hierarchy.cluster_better_delta
         if not rejected:
             self.model = cloud_model
-        self.started_from = self.model
+        self.started_from, self.now = self.model, now
         self.work = {}
         self.evaluations = {}
         return Gate(not rejected, acc_old, acc_new)
@@ -164,7 +189,7 @@ class LeafServer(Strategy):
         if h.client_rule == "centralised":
             self._asked, work = self.clients[:1], [h.local_epochs * sum(sizes)]
         else:
-            self._asked = self._participants(server_round)
+            self._asked = self._admitted(server_round, self._participants(server_round))
             work = [h.local_epochs * sizes[client] for client in self._asked]
         variate = records.to_record(self.variate) if self.variate else None
         self._bytes_down = sum(r.count_bytes() for r in (self._start, variate) if r is not None)
@@ -173,12 +198,53 @@ class LeafServer(Strategy):
         )
 
     def _participants(self, server_round: int) -> Sequence[int]:
-        """Return the clients that train in a round, in ascending order."""
+        """Return the clients that are to train in a round, in ascending order."""
         number = self.settings.hierarchy.participants(len(self.clients))
-        if number == len(self.clients):
+        if self.pool is not None:
+            number = math.ceil(number * (1 + self.settings.devices.over_selection))
+        if number >= len(self.clients):
             return self.clients
         draw = stream(self.settings.seed, "participation", server_round, self.index)
         return sorted(draw.choice(self.clients, number, replace=False).tolist())
+
+    def _admitted(self, server_round: int, clients: Sequence[int]) -> Sequence[int]:
+        """Let a round go by on the virtual clock; return whose update comes, in ascending order.
+
+        Whoever does not come costs no real work. A round to which nobody comes is held again.
+
+        Raises
+        ------
+        StalledError
+            If again and again nobody comes.
+        """
+        if self.pool is None:
+            return clients
+        h, devices = self.settings.hierarchy, self.settings.devices
+        rounds = h.global_rounds * h.server_rounds_per_global + 1
+        for attempt in range(ROUNDS_IN_VAIN):
+            result = simulate_round(
+                self.pool,
+                clients,
+                # One for every round and client, as it names the random streams.
+                number=(attempt * rounds + server_round) * h.num_clients + self.clients[0],
+                started=self.now,
+                server=self.index,
+                wanted=h.participants(len(self.clients)),
+                timeout=devices.update_timeout,
+            )
+            self.now = result.ended
+            for job in (*result.admitted, *result.lost):
+                done = self.work.setdefault(job.client, ClientWork())
+                done.simulated_seconds += job.ended - job.started
+                done.fate = job.fate
+                done.lost += job.fate != "update"
+            if result.admitted:
+                return sorted(job.client for job in result.admitted)
+        raise StalledError(
+            f"no client came to leaf server {self.index} in {ROUNDS_IN_VAIN} rounds in a row, up "
+            f"to {self.now:g} simulated seconds: raise devices.job_timeout, or lose fewer "
+            "(dropout, availability)"
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

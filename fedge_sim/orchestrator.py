@@ -6,11 +6,12 @@ runs the same class over Flower's grid (:mod:`fedge_sim.server_app`).
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +29,12 @@ from fedge_sim.client import initial_model
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings, environment_seed, load_settings, settings_from_json
 from fedge_sim.data.base import DataSummary
+from fedge_sim.device_run import DeviceRun, steps_of_a_job
 from fedge_sim.errors import CheckpointError, ConfigError, FedgeError, StalledError
 from fedge_sim.leaf import ClientWork, Gate, LeafServer
 from fedge_sim.leaf_strategy import LeafRule
 from fedge_sim.member import is_stateful
-from fedge_sim.reporting import standard_callbacks, start_logging
+from fedge_sim.reporting import callbacks_of, start_logging
 from fedge_sim.reporting.base import (
     Callback,
     ClientDone,
@@ -43,6 +45,7 @@ from fedge_sim.reporting.base import (
     new_results_folder,
 )
 from fedge_sim.runtime.backend import open_grid
+from fedge_sim.runtime.device_pool import DevicePool, seconds_of
 from fedge_sim.runtime.node import Done, LocalGrid
 from fedge_sim.runtime.roster import call_roster, settle_training, survey
 from fedge_sim.runtime.state import StateFile
@@ -59,10 +62,10 @@ log = logging.getLogger("fedge_sim.orchestrator")  # also where it is run as __m
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended: its results folder and the record of its last round."""
+    """How a run ended: its results folder, and the record of its last round if it has rounds."""
 
     folder: Path
-    last: RoundRecord
+    last: RoundRecord | None = None
 
 
 class Orchestrator:
@@ -92,6 +95,8 @@ class Orchestrator:
         self._resumed = folder
         self._accuracies: list[float] = []
         self._client_state: StateFile | None = None
+        self._pool: DevicePool | None = None  # where there is a virtual clock
+        self._now = 0.0  # simulated seconds
 
     def run(self) -> Result:
         """Run all global rounds, into a results folder of its own.
@@ -152,11 +157,20 @@ class Orchestrator:
         personal = personal_names(h.client_rule, model)
         parameters = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
         variate = {n: np.zeros_like(p) for n, p in parameters.items()}
+        variate = variate if h.client_rule == "scaffold" else {}
+        sent = {n: a for n, a in model_arrays(model).items() if n not in personal}
+        size = sum(records.to_record(arrays).count_bytes() for arrays in (sent, variate))
+        if self.settings.devices.enable:
+            steps = partial(steps_of_a_job, self.settings, data)
+            self._pool = DevicePool(self.settings, size, size, steps)
+        link = self.settings.devices.leaf_cloud_bandwidth
+        self._trip = seconds_of(size, link.down), seconds_of(size, link.up)
         return [
             LeafServer(
                 *(index, clients, roster, self.settings, parameters.keys(), data, personal),
                 rule=LeafRule(h, parameters.keys()) if h.leaf_strategy else None,
-                variate=variate if h.client_rule == "scaffold" else {},
+                variate=variate,
+                pool=self._pool,
             )
             for index, clients in enumerate(h.leaf_clients)
         ]
@@ -186,6 +200,8 @@ class Orchestrator:
         tree: dict[str, Any] = {
             "ended": ended or state.global_round == h.global_rounds,
             "accuracies": self._accuracies,
+            "now": self._now,
+            "pool": {} if self._pool is None else self._pool.state(),
             "cloud": vars(state),
             "leaves": [leaf.state() for leaf in leaves],
             "csv_sizes": checkpoint.csv_sizes(folder),
@@ -202,7 +218,9 @@ class Orchestrator:
         for leaf, saved in zip(leaves, tree["leaves"], strict=True):
             leaf.restore(saved)
         checkpoint.truncate_csvs(folder, tree["csv_sizes"])
-        self._accuracies = tree["accuracies"]
+        self._accuracies, self._now = tree["accuracies"], tree["now"]
+        if self._pool is not None:
+            self._pool.restore(tree["pool"])
         return CloudState(**tree["cloud"])
 
     # ------------------------------------------------------------------ a round
@@ -216,7 +234,8 @@ class Orchestrator:
         global_round = state.global_round + 1
         lr = h.learning_rate(global_round)
         mu = proximal_mu(self._accuracies, h)
-        gates = [leaf.begin(state.model_for(leaf.index)) for leaf in leaves]
+        down, up = self._trip
+        gates = [leaf.begin(state.model_for(leaf.index), self._now + down) for leaf in leaves]
         for server_round in range(1, h.server_rounds_per_global + 1):
             flat_round = state.global_round * h.server_rounds_per_global + server_round
             self._train(leaves, flat_round, lr, mu)
@@ -229,6 +248,7 @@ class Orchestrator:
             trainable=leaves[0].trainable,
             started_from=[leaf.started_from for leaf in leaves],
         )
+        self._now = max(leaf.now for leaf in leaves) + up
         self._evaluate(leaves, state)
         record = RoundRecord(
             global_round=global_round,
@@ -241,6 +261,7 @@ class Orchestrator:
             central_test=pool(leaf.pooled(records.GLOBAL) for leaf in leaves),
             cloud=state,
             seconds=time.perf_counter() - started,
+            simulated_seconds=self._now if self.settings.devices.enable else math.nan,
         )
         return state, record
 
@@ -345,6 +366,9 @@ def _client_round(leaf: LeafServer, client: int, data: DataSummary) -> ClientRou
         bytes_up=work.bytes_up,
         bytes_down=work.bytes_down,
         seconds=work.seconds,
+        simulated_seconds=work.simulated_seconds,
+        fate=work.fate,
+        lost=work.lost,
     )
 
 
@@ -388,12 +412,12 @@ def main(
         start_logging(console)
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # to end as Ctrl-C does
         if resume_folder is not None:
-            resume(resume_folder, standard_callbacks(console))
+            resume(resume_folder, lambda settings: callbacks_of(settings, console))
             return
         settings = load_settings(
             config, assignments=assignments or [], output_dir=output_dir, seed=environment_seed()
         )
-        run(settings, standard_callbacks(console))
+        run(settings, callbacks_of(settings, console))
     except FedgeError as error:
         typer.echo(f"error: {error}", err=True)
         if isinstance(error, StalledError):  # a thread that hangs would keep the process
@@ -423,14 +447,15 @@ def check_network(settings: Settings, model: nn.Module) -> None:
         raise ConfigError.at("hierarchy", "client_rule", rule, problem)
 
 
-def resume(folder: Path, callbacks: Sequence[Callback]) -> Result:
+def resume(folder: Path, callbacks: Callable[[Settings], Sequence[Callback]]) -> Result:
     """Go on with a run that was stopped, after its last finished round.
 
     Parameters
     ----------
     folder : Path
         Its results folder.
-    callbacks : sequence of Callback
+    callbacks : callable
+        From the run's settings to its callbacks.
 
     Raises
     ------
@@ -447,7 +472,7 @@ def resume(folder: Path, callbacks: Sequence[Callback]) -> Result:
     if checkpoint.load(file)["ended"]:
         raise CheckpointError(f"{folder}: the run is finished, there is nothing to resume")
     settings = settings_from_json(json.dumps(checkpoint.run_of(folder)["settings"]))
-    return run(settings, callbacks, folder)
+    return run(settings, callbacks(settings), folder)
 
 
 def run(settings: Settings, callbacks: Sequence[Callback], folder: Path | None = None) -> Result:
@@ -477,7 +502,16 @@ def run(settings: Settings, callbacks: Sequence[Callback], folder: Path | None =
             from fedge_sim.runtime.dashboard import DashboardMetrics
 
             callbacks.append(DashboardMetrics(grid))
-        return Orchestrator(settings, grid, callbacks, folder).run()
+        return conduct(settings, grid, callbacks, folder)
+
+
+def conduct(
+    settings: Settings, grid: "Grid", callbacks: Sequence[Callback], folder: Path | None = None
+) -> Result:
+    """Run rounds of all clients over a grid, or versions of devices, as the settings have it."""
+    if settings.by_versions:
+        return Result(DeviceRun(settings, grid, callbacks, folder).run())
+    return Orchestrator(settings, grid, callbacks, folder).run()
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from fedge_sim.training.local import Evaluation
 TRAIN, LEAF, CLOUD, GLOBAL, PERSONAL = "train", "leaf", "cloud", "global", "personal"
 # Of a device's job; it takes the place of the round in the name of the job's random stream.
 JOB = "job"
-# Evaluate on what no client trains on, cut into so many shards; the client is the shard's number.
-HELD_OUT, SHARDS = "held-out", "shards"
+# Evaluate on what no client of a leaf server (-1: of any) trains on, cut into so many shards; the
+# client is the shard's number.
+HELD_OUT, SHARDS, LEAF_ID = "held-out", "shards", "leaf"
 CLASS_COUNTS = "class-counts"  # of a client's training examples, which FedRevive asks for
 # Names of the records in a message: SCAFFOLD's variate, or its change, goes beside the model.
 ARRAYS, CONFIG, METRICS, VARIATE = "arrays", "config", "metrics", "variate"
@@ -39,7 +40,11 @@ PURPOSE, SPLITS, WORK = "purpose", "splits", "work"
 NUM_EXAMPLES, LOSS, ACCURACY = "num-examples", "loss", "accuracy"
 SECONDS = "seconds"
 PATH = "path"  # by which way a client was trained
-_PREFIX = {"test": "", "train": "train-"}  # of an evaluation's metrics, by split
+_PREFIX = {
+    "test": "",
+    "train": "train-",
+    HELD_OUT: "held-out-",
+}  # of an evaluation's metrics, by split
 _ROW = np.dtype("<i8")  # of row numbers on the wire
 # The questions of the roster, and what a node answers.
 ASK_CLIENTS, ASK_DATA = MessageType.QUERY, f"{MessageType.QUERY}.data"
@@ -172,18 +177,22 @@ def evaluate_config(settings: Settings, purpose: str, splits: Sequence[str]) -> 
 
 
 def describe(data: DataSummary) -> ConfigRecord:
-    """Return what a node says of its clients' data; :func:`description` reads it back."""
+    """Return what a node says of its clients' data; :func:`description` reads it back.
+
+    Of devices that draw their examples it is only the form.
+    """
     parts = [part for c in data.clients for part in (c.train, c.test, c.left_out)]
     return ConfigRecord(
         {
             "sizes": [len(part) for part in parts],  # training, test, left out, of each client
-            "rows": np.concatenate(parts).astype(_ROW).tobytes(),
+            "rows": b"".join(part.astype(_ROW).tobytes() for part in parts),
             "example-shape": list(data.example_shape),
             "classes": list(data.classes),
-            "mean": np.concatenate([s.mean for s in data.scales]).tolist(),
-            "std": np.concatenate([s.std for s in data.scales]).tolist(),
+            "mean": [float(value) for scale in data.scales for value in scale.mean],
+            "std": [float(value) for scale in data.scales for value in scale.std],
             "content": data.content,
             "groups": list(data.groups),
+            "held-out": list(data.num_held_out),
         }
     )
 
@@ -191,9 +200,10 @@ def describe(data: DataSummary) -> ConfigRecord:
 def description(config: Mapping[str, Any]) -> DataSummary:
     """Return what a node said of its clients' data."""
     rows = np.frombuffer(config["rows"], _ROW).astype(np.int64)
-    parts = np.split(rows, np.cumsum(config["sizes"])[:-1])
-    n = len(parts) // 3
-    scales = (np.asarray(config[key], np.float32).reshape(n, -1) for key in ("mean", "std"))
+    sizes = config["sizes"]
+    parts = np.split(rows, np.cumsum(sizes)[:-1]) if sizes else []
+    channels = config["example-shape"][0]
+    scales = (np.asarray(config[key], np.float32).reshape(-1, channels) for key in ("mean", "std"))
     return DataSummary(
         clients=tuple(map(ClientData, parts[::3], parts[1::3], parts[2::3])),
         example_shape=tuple(config["example-shape"]),
@@ -201,6 +211,7 @@ def description(config: Mapping[str, Any]) -> DataSummary:
         scales=tuple(map(Standardisation, *scales)),
         content=config["content"],
         groups=tuple(config["groups"]),
+        num_held_out=tuple(config["held-out"]),
     )
 
 
@@ -219,7 +230,7 @@ def reply(
 
 
 def put_evaluation(metrics: MetricRecord, split: str, result: Evaluation) -> None:
-    """Add an evaluation on one split (``"train"`` or ``"test"``) to a record."""
+    """Add an evaluation on one split ("train", "test" or :data:`HELD_OUT`) to a record."""
     prefix = _PREFIX[split]
     metrics[prefix + NUM_EXAMPLES] = result.num_examples
     metrics[prefix + LOSS] = result.loss

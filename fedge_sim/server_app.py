@@ -8,8 +8,8 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedge_sim.config import environment_seed, load_settings
-from fedge_sim.orchestrator import Orchestrator
-from fedge_sim.reporting import standard_callbacks, start_logging
+from fedge_sim.orchestrator import conduct
+from fedge_sim.reporting import callbacks_of, start_logging
 
 log = logging.getLogger(__name__)
 
@@ -29,4 +29,4 @@ def main(grid: Grid, context: Context) -> None:
             seed,
         )
     settings = load_settings(app_config=context.run_config)
-    Orchestrator(settings, grid, standard_callbacks(console)).run()
+    conduct(settings, grid, callbacks_of(settings, console))

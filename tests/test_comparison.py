@@ -34,7 +34,7 @@ from fedge_sim.reporting.published import PANELS, TESTS_NOTE, escape, latex, sho
 nan = math.nan
 
 
-def clients(*accuracies, loss=1.0, gap=0.1, seconds=0.5):
+def clients(*accuracies, loss=1.0, gap=0.1, seconds=0.5, clock=None):
     """Return clients.csv: one list of client accuracies for each round."""
     return pl.DataFrame(
         [
@@ -48,6 +48,7 @@ def clients(*accuracies, loss=1.0, gap=0.1, seconds=0.5):
                 "own_loss": loss / number,
                 "own_train_accuracy": value + gap,
                 "comp_time_sec": seconds * (client + 1),
+                "simulated_seconds": nan if clock is None else clock * number,
                 "bytes_up": 1e6,
                 "bytes_down": 2e6,
             }
@@ -85,6 +86,8 @@ def test_rounds_by_hand():
     assert table["gap"].to_list() == pytest.approx([0.1, 0.1])
     assert table["bytes"].to_list() == [6e6, 12e6]  # two clients, 3 MB each
     assert table["seconds"].to_list() == [1.0, 2.0]  # of the slower client
+    on_clock = by_round(clients([0.2, 0.4], [0.5, 0.7], seconds=0.5, clock=7.0))
+    assert on_clock["seconds"].to_list() == [7.0, 14.0]
 
 
 def test_clients_that_did_not_answer_do_not_count():

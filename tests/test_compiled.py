@@ -16,7 +16,7 @@ from fedge_sim.data.base import Examples, Standardisation
 from fedge_sim.errors import CannotCompileError
 from fedge_sim.models import build_model, initialise
 from fedge_sim.randomness import stream, torch_generator
-from fedge_sim.training import compiled, lowering
+from fedge_sim.training import compiled, lowering, optimizer
 from fedge_sim.training.base import ClientTask, TrainSettings, model_arrays
 from fedge_sim.training.compiled import StepSpec, compiled_step, file_of
 from fedge_sim.training.flat import FlatNetwork
@@ -145,9 +145,10 @@ def test_the_name_holds_all_that_a_step_depends_on(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "__version__", "0")
     names.append(name())
     monkeypatch.undo()
-    monkeypatch.setattr(lowering, "__file__", __file__)
-    names.append(name())
-    monkeypatch.undo()
+    for module in (lowering, optimizer):
+        monkeypatch.setattr(module, "__file__", __file__)
+        names.append(name())
+        monkeypatch.undo()
     assert len(set(names)) == len(names)
     assert name() == names[0]
 

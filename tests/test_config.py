@@ -106,7 +106,7 @@ def test_pyproject_is_the_quick_default():
     settings = load_settings()
     assert settings.hierarchy.global_rounds == 10
     assert settings.data.dataset == "hhar-synthetic"
-    assert settings.hierarchy.leaf_clients == ((0, 1, 2), (3, 4, 5), (6, 7, 8))
+    assert [*map(list, settings.hierarchy.leaf_clients)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
 
 
 def test_learning_rate_of_a_round():
@@ -187,7 +187,7 @@ def test_uneven_topology():
     settings = load_settings(
         assignments=["hierarchy.num_servers=4", "hierarchy.clients_per_server=[1, 4, 2, 1]"]
     )
-    assert settings.hierarchy.leaf_clients == ((0,), (1, 2, 3, 4), (5, 6), (7,))
+    assert [*map(list, settings.hierarchy.leaf_clients)] == [[0], [1, 2, 3, 4], [5, 6], [7]]
 
 
 @given(

@@ -7,7 +7,7 @@ import time
 import pytest
 from flwr.app import ConfigRecord
 
-from fedge_sim import client, records
+from fedge_sim import client, client_app, records
 from fedge_sim.config import load_settings
 from fedge_sim.errors import ConfigError, StalledError
 from fedge_sim.orchestrator import Orchestrator
@@ -17,6 +17,7 @@ from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.training.choice import Choice
 from tests import unruly
 from tests.conftest import run
+from tests.test_drawn_data import DEVICES, first_model, held_out_test, job
 
 
 def questions(number):
@@ -104,6 +105,127 @@ def test_no_progress_ends_the_run_with_every_stack(caplog):
     assert time.monotonic() - started < 20  # nobody waited for the threads
     assert caplog.text.count("in hang_here") == 2
     gate.set()
+
+
+PULLS = [("pull_messages", lambda ids: ids), ("wait", lambda _: 0.05)]
+
+
+def for_ever(call, argument):
+    """Do something again and again."""
+    while True:
+        call(argument)
+
+
+@pytest.mark.parametrize(("call", "argument"), PULLS)
+def test_no_progress_is_noticed_by_who_pulls(call, argument):
+    gate = threading.Event()
+
+    def app(message, context):
+        gate.wait(30)
+        return records.reply(message)
+
+    with InProcessGrid(app, 1, runtime("progress_timeout_s=0.3")) as grid:
+        ids = grid.push_messages(questions(1))
+        with pytest.raises(StalledError, match=r"no client got done for 0.3 s .* 1 wait"):
+            for_ever(getattr(grid, call), argument(ids))
+        gate.set()
+
+
+def test_replies_that_nobody_has_pulled_yet_are_no_standstill():
+    with InProcessGrid(lambda m, _: records.reply(m), 1, runtime("progress_timeout_s=0.1")) as grid:
+        ids = grid.push_messages(questions(3))
+        while grid.waiting:
+            grid.wait(1.0)
+        time.sleep(0.2)  # whoever pushed is busy with something else
+        grid.wait(1.0)
+        pull_all(grid, [*ids, *grid.push_messages(questions(1))])
+
+
+def test_who_waits_is_woken_by_the_first_reply():
+    gate = threading.Event()
+
+    def app(message, context):
+        if message.metadata.group_id == "a/0/1":
+            gate.wait(30)
+        return records.reply(message)
+
+    with InProcessGrid(app, 2) as grid:
+        assert grid.wait(30) is None  # for nothing
+        ids = grid.push_messages(questions(2))
+        grid.wait(30)
+        assert [records.Address.of(r).client for r in grid.pull_messages(ids)] == [0]
+        grid.wait(0.01)
+        assert grid.pull_messages(ids) == []
+        gate.set()
+        grid.wait(30)
+        assert [records.Address.of(r).client for r in grid.pull_messages(ids)] == [1]
+
+
+def test_messages_are_begun_in_the_order_in_which_they_were_pushed():
+    order = []
+
+    def app(message, context):
+        order.append(records.Address.of(message).client)
+        return records.reply(message)
+
+    with InProcessGrid(app, 1) as grid:
+        ids = [i for message in questions(20) for i in grid.push_messages([message])]
+        pull_all(grid, ids)
+    assert order == list(range(20))
+
+
+def test_small_pieces_give_what_all_at_once_gives(small):
+    settings = small(*DEVICES)
+    with InProcessGrid(client_app.app, 2, together=client_app.answer_together) as grid:
+        assert (grid.at_a_time, grid.cohort_size) == (2, 1)
+        assert pieces(grid, settings) == all_at_once(grid, settings)
+
+
+def test_clients_of_all_threads():
+    with InProcessGrid(client_app.app, 3, cohort_size=4) as grid:
+        assert (grid.at_a_time, grid.cohort_size) == (12, 4)
+
+
+def work(settings):
+    """Return messages to train ten devices and to evaluate the model that they begin with."""
+    model = first_model(settings)
+    jobs = [job(settings, number, 100 * number, model) for number in range(10)]
+    return [*jobs, *held_out_test(settings, 3, model)]
+
+
+def pull_all(grid, ids):
+    """Return the replies, as they come."""
+    replies = []
+    while len(replies) < len(ids):
+        grid.wait(5.0)
+        replies += grid.pull_messages(ids)
+    assert grid.waiting == 0
+    return replies
+
+
+def contents(replies):
+    """Return what replies say, but for times."""
+    found = {}
+    for reply in replies:
+        metrics = {k: v for k, v in records.metrics_of(reply).items() if k != records.SECONDS}
+        arrays = reply.content.array_records.get(records.ARRAYS, {})
+        found[reply.metadata.group_id] = (metrics, {n: a.data for n, a in arrays.items()})
+    return found
+
+
+def all_at_once(grid, settings):
+    """Send all and wait for all; by group id."""
+    return contents(grid.send_and_receive(work(settings)))
+
+
+def pieces(grid, settings):
+    """Push one or two at a time, while others are under way, and pull what is there."""
+    messages, ids, replies = work(settings), [], []
+    for begin in range(0, len(messages), 2):
+        ids += grid.push_messages(messages[begin : begin + 2])
+        replies += grid.pull_messages(ids)
+    there = {reply.metadata.reply_to_message_id for reply in replies}
+    return contents([*replies, *pull_all(grid, [i for i in ids if i not in there])])
 
 
 @pytest.mark.parametrize(

@@ -345,12 +345,12 @@ def test_a_killed_run_is_resumed_by_command(small, tmp_path):
     assert files_of(folder) == files_of(expected)
     assert "resumed after round" in output
     with pytest.raises(CheckpointError, match="the run is finished"):
-        resume(folder, [])
+        resume(folder, lambda _: [])
 
 
 def test_what_cannot_be_resumed_is_said(small, tmp_path):
     with pytest.raises(ConfigError, match="is no results folder"):
-        resume(tmp_path, [])
+        resume(tmp_path, lambda _: [])
     settings = small("hierarchy.global_rounds=3")
     with pytest.raises(KeyboardInterrupt):
         run(settings, [TableWriter(), KilledInRound(2)])
@@ -359,7 +359,7 @@ def test_what_cannot_be_resumed_is_said(small, tmp_path):
     with InProcessGrid(client_app, 2) as grid, pytest.raises(CheckpointError, match="data are not"):
         Orchestrator(other, grid, [], folder).run()
     with checkpoint.at_work(folder), pytest.raises(CheckpointError, match="another process"):
-        resume(folder, [])
+        resume(folder, lambda _: [])
     stateful = small("hierarchy.global_rounds=3", "hierarchy.client_rule=scaffold")
     with (
         InProcessGrid(client_app, 2) as grid,
@@ -369,7 +369,7 @@ def test_what_cannot_be_resumed_is_said(small, tmp_path):
     file = folder / checkpoint.NAME
     file.write_bytes(file.read_bytes()[:-50])
     with pytest.raises(CheckpointError, match="damaged"):
-        resume(folder, [])
+        resume(folder, lambda _: [])
     done = subprocess.run(
         command_line("--resume", str(folder), "--set", "app.config.seed=1"),
         env=clean_environment(), capture_output=True, text=True,

@@ -11,12 +11,16 @@ import ray
 from flwr.app import ConfigRecord
 
 from fedge_sim import records
-from fedge_sim.errors import ConfigError, DataError, WorkerError
+from fedge_sim.client_app import app as client_app
+from fedge_sim.errors import ConfigError, DataError, StalledError, WorkerError
 from fedge_sim.orchestrator import Orchestrator
+from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.runtime.node import NODE_ID
-from fedge_sim.runtime.ray_grid import RayGrid
+from fedge_sim.runtime.ray_grid import KEPT_MODELS, RayGrid
 from tests import unruly
 from tests.conftest import Keep, ray_grid, run, run_on_ray, same_models
+from tests.test_drawn_data import DEVICES, first_model, held_out_test, job
+from tests.test_in_process import PULLS, all_at_once, for_ever, pieces, pull_all
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,6 +138,79 @@ def test_push_and_pull(small):
             time.sleep(0.01)
         assert grid.pull_messages(ids) == []
     assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
+
+
+def test_small_pieces_give_what_all_at_once_gives(small):
+    settings = small(*DEVICES, "runtime.num_workers=2")
+    with ray_grid(settings) as grid, mock.patch("ray.put", wraps=ray.put) as put:
+        assert (grid.at_a_time, grid.cohort_size) == (2, 1)
+        in_pieces = pieces(grid, settings)
+        assert put.call_count <= 2  # all begin with one model; the grid may rest in between
+        assert in_pieces == all_at_once(grid, settings)
+    with InProcessGrid(client_app, 2) as grid:
+        assert in_pieces == all_at_once(grid, settings)
+
+
+def test_a_model_is_put_once_for_the_messages_of_several_pushes(small):
+    settings = small(*DEVICES, "runtime.num_workers=1")
+    unruly.rule(settings, all=("delay", 100))
+    with ray_grid(settings, unruly_app) as grid, mock.patch("ray.put", wraps=ray.put) as put:
+        models = [first_model(settings) for _ in range(KEPT_MODELS + 1)]
+        pushed = [0, 1, 0, *range(KEPT_MODELS + 1), 0]
+        ids = [i for n, m in enumerate(pushed) for i in push(grid, job(settings, n, n, models[m]))]
+        assert put.call_count == KEPT_MODELS + 2  # the first was let go, and is put again
+        assert len(grid._models) == KEPT_MODELS
+        pull_all(grid, ids)
+        assert not grid._models
+        put.reset_mock()
+        grid.send_and_receive([job(settings, 0, n, m) for n in range(2) for m in models])
+        assert put.call_count == KEPT_MODELS + 1  # in one push, any number is put once
+
+
+def push(grid, *messages):
+    return grid.push_messages(messages)
+
+
+def test_earlier_messages_go_first_and_evaluations_before_all_trainings(small):
+    """Trainings all take about as long; a device's time before does not let it overtake."""
+    settings = small(*DEVICES, "runtime.num_workers=1")
+    unruly.rule(settings, all=("delay", 60))
+    done = []
+    tell = {"on_done": lambda done_: done.append(done_.reply.metadata.group_id)}
+    with ray_grid(settings, unruly_app, **tell) as grid:
+        model = first_model(settings)
+        grid.send_and_receive([job(settings, n, n, model) for n in range(12)])
+        done.clear()
+        ids = [i for n in range(12) for i in push(grid, job(settings, 99, (7 * n) % 12, model))]
+        grid.wait(30)  # and what is known of times has changed
+        ids += push(grid, *(job(settings, 99, n, model) for n in range(20, 24)))
+        ids += push(grid, *held_out_test(settings, 2, model))
+        pull_all(grid, ids)
+    trained = [int(name.split("/")[2]) for name in done if name.startswith("train")]
+    assert trained == [*((7 * n) % 12 for n in range(12)), 20, 21, 22, 23]
+    last_evaluated = max(place for place, name in enumerate(done) if name.startswith("evaluate"))
+    assert last_evaluated < 8  # and so before most trainings, which were pushed earlier
+
+
+def test_actors_clean_up_when_nothing_is_left_to_do(small):
+    settings = small(*DEVICES, "runtime.num_workers=1")
+    with ray_grid(settings, prepare=False) as grid, mock.patch.object(grid.crew, "clean") as clean:
+        ids = [i for client in range(3) for i in push(grid, question(client))]
+        assert not clean.called
+        pull_all(grid, ids)
+        assert clean.call_count == 1
+        grid.send_and_receive([question(client) for client in range(3)])
+        assert clean.call_count == 2
+
+
+@pytest.mark.parametrize(("call", "argument"), PULLS)
+def test_no_progress_is_noticed_by_who_pulls(small, call, argument):
+    settings = small(*DEVICES, "runtime.num_workers=1", "runtime.progress_timeout_s=3.0")
+    unruly.rule(settings, c1=("sleep", 60))
+    with ray_grid(settings, unruly_app) as grid:
+        ids = push(grid, job(settings, 0, 1, first_model(settings)))
+        with pytest.raises(StalledError, match=r"no client got done for 3 s .* 1 wait"):
+            for_ever(getattr(grid, call), argument(ids))
 
 
 def test_a_timeout_returns_what_is_there_and_drops_the_rest(small):

@@ -43,7 +43,7 @@ FLOORS = [
     {"algorithms", "models", "training", "data", "methods", "checkpoint"},
     {"cloud", "records"},
     {"reporting", "runtime", "client", "client_app", "leaf", "leaf_strategy", "member"},
-    {"orchestrator", "monitor"},
+    {"orchestrator", "device_run", "monitor"},
     {"server_app", "compare"},
 ]
 

@@ -7,7 +7,7 @@ from fedge_sim.client_app import app as client_app
 from fedge_sim.data import federated_data
 from fedge_sim.errors import RosterError
 from fedge_sim.runtime.in_process import InProcessGrid
-from fedge_sim.runtime.roster import assign, call_roster, survey
+from fedge_sim.runtime.roster import MOST_NAMED, assign, call_roster, survey
 
 
 def answer(node_config):
@@ -45,6 +45,35 @@ def test_a_named_client_goes_to_its_node():
     named = {"serves-any": False, "client-ids": [1, 2]}
     assert assign({5: ANY, 9: named}, 4) == {0: 5, 1: 9, 2: 9, 3: 5}
     assert assign({9: named}, 4) == {1: 9, 2: 9}
+
+
+def test_a_million_clients_are_worked_out_when_asked_for():
+    named = {"serves-any": False, "client-ids": [1, 999_999, 1_000_000]}
+    roster = assign({5: ANY, 7: ANY, 9: named}, 1_000_000)
+    assert len(roster) == 1_000_000
+    assert [roster[client] for client in (0, 1, 2, 3, 999_998, 999_999)] == [5, 9, 5, 7, 5, 9]
+    assert roster.nodes == [5, 7, 9]
+    assert 1_000_000 not in roster
+    assert -1 not in roster
+    assert next(roster.missing, None) is None
+    assert next(iter(roster.items())) == (0, 5)
+    assert list(assign({9: named}, 3)) == [1]
+    assert list(assign({9: named}, 3).missing) == [0, 2]
+
+
+def test_a_node_that_gets_no_client_is_not_asked():
+    named = {"serves-any": False, "client-ids": [1]}
+    assert assign({5: ANY, 7: ANY, 9: named}, 3).nodes == [5, 9]  # 7's turn would be client 1
+    assert assign({5: ANY, 7: ANY}, 1).nodes == [5]
+    assert assign({}, 3).nodes == []
+
+
+def test_a_long_list_of_clients_that_no_node_serves_is_cut_off():
+    with (
+        InProcessGrid(client_app, 1, node_config={"client-ids": ""}) as grid,
+        pytest.raises(RosterError, match=rf"client 0, 1, .*, {MOST_NAMED - 1} and 80 more: 1 "),
+    ):
+        call_roster(grid, MOST_NAMED + 80, timeout_s=0.1)
 
 
 def test_a_client_that_no_node_serves_is_named():

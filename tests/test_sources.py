@@ -10,6 +10,7 @@ from fedge_sim.data import (
     cifar10,
     uci_har,
 )
+from fedge_sim.errors import ConfigError
 from tests.conftest import CIFAR_NPZ, UCI_NPZ, data_config, opened
 
 # ------------------------------------------------------------------------- uci-har
@@ -131,6 +132,34 @@ def test_cifar10_is_read_from_folder_or_file(shared):
     np.testing.assert_array_equal(data.x[:500].transpose(0, 2, 3, 1), archive["x"][:500])
     np.testing.assert_array_equal(data.y, archive["y"])
     assert data.names.classes == tuple(archive["classes"])
+
+
+def test_cifar10_is_averaged_down_to_a_size(shared, saved):
+    file = shared / CIFAR_NPZ
+    whole, half = (opened("cifar10", file, f"app.config.image-size={s}") for s in (0, 16))
+    assert half.x.shape == (3000, 3, 16, 16)
+    assert half.content != whole.content
+    assert half.x[7, 2, 3, 15] == whole.x[7, 2, 6:8, 30:32].mean()
+    np.testing.assert_allclose(half.x.mean((0, 2, 3)), whole.x.mean((0, 2, 3)), rtol=1e-4)
+    one = opened("cifar10", file, "app.config.image-size=1")
+    np.testing.assert_allclose(one.x[:, :, 0, 0], whole.x.mean((2, 3)), rtol=1e-4)
+    as_it_is = cifar10.recipe(data_config("cifar10", file, "app.config.image-size=32"))
+    assert as_it_is.settings == cifar10.recipe(data_config("cifar10", file)).settings
+
+
+def test_original_batches_are_averaged_down_too(batches):
+    small = opened("cifar10", batches(python3(batch(3, n=3))), "app.config.image-size=8")
+    first = batch(1, n=1)[b"data"].reshape(3, 32, 32)
+    assert small.x.shape == (15, 3, 8, 8)
+    assert small.x[0, 1, 2, 3] == first[1, 8:12, 12:16].mean()
+
+
+def test_sizes_that_images_cannot_have(shared, refused):
+    file, odd = shared / CIFAR_NPZ, ("app.config.image-size=12",)
+    line = refused("cifar10", file, "image-size = 12", ConfigError, odd)
+    assert "must be 0 (as they are), 1, 2, 4, 8, 16, 32" in line
+    line = refused("digits", "nowhere", "image-size = 12", ConfigError, odd)
+    assert "dataset 'digits' stays as it is: must be 0" in line
 
 
 def batch(number=0, n=4):

@@ -1,3 +1,4 @@
+import copy
 from unittest import mock
 
 import numpy as np
@@ -77,10 +78,32 @@ def test_networks_for_images(name, shape, parameters):
         assert model.blocks(torch.zeros(1, 64, 32, 32)).shape == (1, 512, 4, 4)
 
 
+def test_the_small_network_for_images():
+    """Two poolings, and batch statistics; the last width is that of the head, at any size."""
+    for channels, size in ((1, 8), (3, 32), (3, 29)):
+        model = build_model("cnn2d-small", (channels, size, size), 10)
+        seen = []
+        model.bn3.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))  # noqa: B023
+        assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
+        assert seen == [(2, 64, size // 4, size // 4)]
+    assert sum(p.numel() for p in model.parameters()) == 24_346
+    images = torch.rand(3, 3, 29, 29, generator=torch.Generator().manual_seed(0))
+    x = images
+    for number, pools in ((1, True), (2, True), (3, False)):
+        x = getattr(model, f"bn{number}")(getattr(model, f"conv{number}")(x)).relu()
+        x = functional.max_pool2d(x, 2) if pools else x
+    torch.testing.assert_close(model(images), model.head(x.mean(dim=(2, 3))))
+
+
 @pytest.mark.parametrize(
     ("name", "shape", "problem"),
     [
-        ("cnn1d", (3, 32, 32), r"takes windows .*\(3, 32, 32\); allowed: cnn2d, mlp, resnet18"),
+        ("cnn2d-small", (1, 7, 9), "needs images of 8 x 8, not 7 x 9"),
+        (
+            "cnn1d",
+            (3, 32, 32),
+            r"takes windows .*\(3, 32, 32\); allowed: cnn2d, cnn2d-small, mlp, resnet18",
+        ),
         ("resnet18", (6, 100), r"takes images .*allowed: cnn1d, mlp"),
         ("cnn2d", (64,), r"takes images .*allowed: mlp"),
         ("cnn2d", (1, 3, 9), "needs images of 4 x 4, not 3 x 9"),
@@ -183,18 +206,29 @@ def test_short_batches(n, steps):
     assert result.steps == steps
 
 
-def test_a_step_is_plain_sgd_to_the_last_bit():
+@pytest.mark.parametrize(
+    ("optimizer", "plainly"),
+    [
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.0001)),
+        ("adam", lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.0001)),
+    ],
+)
+def test_a_step_is_pytorchs_to_the_last_bit(optimizer, plainly):
+    """The state begins at zero with every client."""
     examples, rows = windows(70), np.arange(70)
-    model, plain = fresh(), fresh()
-    train(model, examples, rows, TrainSettings(lr=0.1, local_epochs=1), stream(0, "order"))
-    sgd = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9, weight_decay=0.0001)
-    for batch in np.split(stream(0, "order").permutation(rows), [32, 64]):
-        x, y = examples.batch(batch)
-        sgd.zero_grad()
-        functional.cross_entropy(plain.train()(x), y, label_smoothing=0.1).backward()
-        nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
-        sgd.step()
-    assert torch.equal(vector(model), vector(plain))
+    model = fresh()
+    settings = TrainSettings(lr=0.1, local_epochs=1, optimizer=optimizer)
+    for number in range(2):
+        plain = copy.deepcopy(model)
+        train(model, examples, rows, settings, stream(number, "order"))
+        steps = plainly(plain.parameters())
+        for batch in np.split(stream(number, "order").permutation(rows), [32, 64]):
+            x, y = examples.batch(batch)
+            steps.zero_grad()
+            functional.cross_entropy(plain.train()(x), y, label_smoothing=0.1).backward()
+            nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+            steps.step()
+        assert torch.equal(vector(model), vector(plain))
 
 
 @pytest.mark.parametrize("n", [64, 70, 76])

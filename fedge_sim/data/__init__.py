@@ -5,6 +5,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -17,9 +18,11 @@ from fedge_sim.data.base import (
     Dataset,
     Examples,
     ResidentExamples,
+    Same,
     Standardisation,
     resident,
 )
+from fedge_sim.data.drawn import DrawnClients, are_drawn, drawn_from
 from fedge_sim.data.groups import client_groups, combined, swapped_clients, swapped_labels
 from fedge_sim.data.partition import MIN_EXAMPLES, partition
 from fedge_sim.data.split import split
@@ -35,6 +38,7 @@ DATASETS = {
     "hhar-synthetic": "hhar_synthetic",
     "uci-har": "uci_har",
 }
+RESIZED = ("cifar10",)  # those that image-size is about
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class FederatedData:
     Attributes
     ----------
     dataset : Dataset
-    clients : tuple of ClientData
+    clients : sequence of ClientData
         Rows of client 0, 1, ...
     scales : sequence of Standardisation
         Of client 0, 1, ...: from its own training examples, or from those of all.
@@ -53,13 +57,19 @@ class FederatedData:
         array for all.
     groups : tuple of int
         As in :class:`DataSummary`.
+    clients_per_server : tuple of int
+        Under leaf server 0, 1, ...
+    whole : ClientData, optional
+        Where devices draw their examples: from which (``train``), and what is held out (``test``).
     """
 
     dataset: Dataset
-    clients: tuple[ClientData, ...]
+    clients: Sequence[ClientData]
     scales: Sequence[Standardisation]
     labels: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     groups: tuple[int, ...] = ()
+    clients_per_server: tuple[int, ...] = ()
+    whole: ClientData | None = None
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -113,8 +123,35 @@ class FederatedData:
         """
         y, scale, owner = self._pool
         plain = Examples(self.dataset.x, y, scale, pipelining, owner)
-        rows = np.sort(np.concatenate([client.train for client in self.clients]))
-        return self._brought(plain, device) if caching else plain, rows
+        return self._brought(plain, device) if caching else plain, self._train
+
+    def held_out(self, leaf: int = -1) -> NDArray[np.int64]:
+        """Return the rows (n,) that no client under a leaf server trains on, in ascending order.
+
+        Parameters
+        ----------
+        leaf : int
+            The leaf server; -1 for all. Devices that draw their examples have the same ones
+            held out under each.
+        """
+        return self._held_out[leaf] if self.whole is None else self.whole.test
+
+    @cached_property
+    def _held_out(self) -> list[NDArray[np.int64]]:
+        """The test rows under leaf server 0, 1, ..., and as the last those of all clients."""
+        ends = accumulate(self.clients_per_server, initial=0)
+        spans = [slice(*span) for span in pairwise(ends)]
+        return [
+            np.sort(np.concatenate([client.test for client in self.clients[span]]))
+            for span in (*spans, slice(None))
+        ]
+
+    @cached_property
+    def _train(self) -> NDArray[np.int64]:
+        """What all clients train on."""
+        if self.whole is not None:
+            return self.whole.train
+        return np.sort(np.concatenate([client.train for client in self.clients]))
 
     @cached_property
     def _pool(self) -> tuple[NDArray[np.int64], Standardisation, NDArray[np.int64] | None]:
@@ -125,7 +162,7 @@ class FederatedData:
             for client, labels in self.labels.items():
                 rows = self.clients[client].rows
                 y[rows] = labels[rows]
-        if all(scale is self.scales[0] for scale in self.scales):
+        if isinstance(self.scales, Same):
             return y, self.scales[0], None
         owner = np.zeros(len(y), np.int64)
         for client, own in enumerate(self.clients):
@@ -152,6 +189,9 @@ def load_dataset(config: AppConfig, tell: Tell = tell_nobody) -> Dataset:
     if config.dataset not in DATASETS:
         problem = f"unknown; {suggest(config.dataset, DATASETS)}"
         raise ConfigError.at("app.config", "dataset", config.dataset, problem)
+    if config.image_size and config.dataset not in RESIZED:
+        problem = f"dataset {config.dataset!r} stays as it is: must be 0"
+        raise ConfigError.at("app.config", "image-size", config.image_size, problem)
     try:
         module = importlib.import_module(f"fedge_sim.data.{DATASETS[config.dataset]}")
         recipe: Recipe = module.recipe(config)
@@ -181,6 +221,8 @@ def federate(settings: Settings) -> FederatedData:
     """
     config = settings.data
     dataset = load_dataset(config)
+    if are_drawn(settings):
+        return _of_devices(settings, dataset)
     clients = split(dataset, partition(dataset, settings), config.split, settings.seed)
     for client, own in enumerate(clients):
         if len(own.train) < MIN_EXAMPLES - 1:
@@ -205,7 +247,19 @@ def federate(settings: Settings) -> FederatedData:
         labels = dict.fromkeys(swapped, swapped_labels(dataset.y, num_classes, settings.seed))
         is_swapped = [int(client in swapped) for client in range(len(clients))]
         groups = combined(groups or (0,) * len(clients), is_swapped)
-    return FederatedData(dataset, clients, _scales(config, dataset, clients), labels, groups)
+    scales = _scales(config, dataset, clients)
+    per_server = settings.hierarchy.clients_per_server
+    return FederatedData(dataset, clients, scales, labels, groups, per_server)
+
+
+def _of_devices(settings: Settings, dataset: Dataset) -> FederatedData:
+    """Let devices draw their examples; however many they are, this costs the same."""
+    whole = drawn_from(dataset, settings)
+    clients = DrawnClients(dataset.y, whole.train, settings)
+    [scale] = _scales(settings.data, dataset, [whole])
+    per_server = settings.hierarchy.clients_per_server
+    scales = Same(scale, len(clients))
+    return FederatedData(dataset, clients, scales, clients_per_server=per_server, whole=whole)
 
 
 def _scales(
@@ -217,7 +271,7 @@ def _scales(
         scale = Standardisation.of(dataset.x, np.concatenate([c.train for c in clients]))
     else:
         scale = Standardisation.identity(dataset.example_shape[0])
-    return [scale] * len(clients)
+    return Same(scale, len(clients))
 
 
 class _LastUsed:
@@ -225,12 +279,13 @@ class _LastUsed:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._key: tuple[AppConfig, tuple[int, ...]] | None = None
+        self._key: tuple[AppConfig, tuple[int, ...], int] | None = None
         self._data: FederatedData | None = None
         self.times_opened = 0
 
     def __call__(self, settings: Settings) -> FederatedData:
-        key = (settings.data, settings.hierarchy.clients_per_server)
+        drawn = settings.devices.subset_size if are_drawn(settings) else 0
+        key = (settings.data, settings.hierarchy.clients_per_server, drawn)
         with self._lock:
             if self._data is None or key != self._key:
                 self._data, self._key = federate(settings), key

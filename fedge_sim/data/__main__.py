@@ -21,6 +21,7 @@ from fedge_sim.data.base import Dataset
 from fedge_sim.errors import FedgeError
 
 MOST_ROWS = 60  # of a table; the totals are of all
+MOST_DRAWN = 1000  # devices that are looked at, of those that draw their examples
 
 DatasetName = Annotated[str, typer.Argument(help="Name of the dataset.")]
 DataRoot = Annotated[Path | None, typer.Option(help="The file or folder that it is read from.")]
@@ -71,17 +72,31 @@ def describe(
             f"distance: mean {distance.mean():.3f}, largest {distance.max():.3f} (total variation "
             "of the shares of classes to those of all clients: 0 the same, 1 no class in common)\n"
             f"examples of a client: {sizes.min():,} to {sizes.max():,}, a factor of "
-            f"{sizes.max() / sizes.min():.1f}; {sizes.sum():,} of {len(data.dataset):,} are used",
+            f"{sizes.max() / sizes.min():.1f}; {_used(data, sizes)}",
             highlight=False,
             soft_wrap=True,
         )
 
 
+def _used(data: FederatedData, sizes: NDArray[np.int64]) -> str:
+    """Say how many of the examples there are for the clients."""
+    if data.whole is None:
+        return f"{sizes.sum():,} of {len(data.dataset):,} are used"
+    return (
+        f"drawn from {len(data.whole.train):,}, with {len(data.whole.test):,} held out; these are "
+        f"the first {len(sizes):,} of {len(data.clients):,} devices"
+    )
+
+
 def label_counts(data: FederatedData) -> NDArray[np.int64]:
-    """Return the examples (clients, classes) that each client has for training and testing."""
+    """Return the examples (clients, classes) that each client has for training and testing.
+
+    Of devices that draw theirs, it is the first 1,000 that are looked at.
+    """
+    clients = data.clients if data.whole is None else data.clients[:MOST_DRAWN]
     labels = (
         data.labels_of(client)[np.concatenate([own.train, own.test])]
-        for client, own in enumerate(data.clients)
+        for client, own in enumerate(clients)
     )
     return np.stack([np.bincount(own, minlength=len(data.classes)) for own in labels])
 
@@ -186,7 +201,8 @@ def _client_table(
     group = ["group"] if data.groups else []
     for header in ("leaf", "client", *group, "training", "test", "distance", *data.classes):
         table.add_column(header, justify="right")
-    servers = [leaf for leaf, own in enumerate(settings.hierarchy.leaf_clients) for _ in own]
+    per_server = settings.hierarchy.clients_per_server
+    servers = np.repeat(np.arange(len(per_server)), per_server)
     for client, own in enumerate(data.clients[:MOST_ROWS]):
         planted = data.groups[client : client + 1]
         numbers = (servers[client], client, *planted, len(own.train), len(own.test))

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -14,6 +14,26 @@ from torch import Tensor
 # Rows of x that are worked on at a time where all of a dataset is gone through, in bytes.
 CHUNK_BYTES = 32 * 2**20
 CPU = torch.device("cpu")
+
+T = TypeVar("T")
+
+
+class Same(Sequence[T]):
+    """One value that all of many clients have, in the place of a list of it."""
+
+    def __init__(self, value: T, length: int) -> None:
+        self._value, self._length = value, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    @overload
+    def __getitem__(self, which: int) -> T: ...
+    @overload
+    def __getitem__(self, which: slice) -> Sequence[T]: ...
+    def __getitem__(self, which: int | slice) -> T | Sequence[T]:
+        places = range(self._length)[which]
+        return Same(self._value, len(places)) if isinstance(places, range) else self._value
 
 
 @dataclass(frozen=True)
@@ -293,17 +313,20 @@ class DataSummary:
     Attributes
     ----------
     clients : tuple of ClientData
-        The rows of client 0, 1, ...
+        The rows of client 0, 1, ...; empty for devices that draw theirs.
     example_shape : tuple of int
     classes : tuple of str
     scales : tuple of Standardisation
         What client 0, 1, ... standardises its examples with; all the same one unless
-        ``standardise`` is ``"client"``.
+        ``standardise`` is ``"client"``. One for all devices that draw their examples.
     content : str
         SHA-256 of the dataset, or of each in turn where nodes hold different ones.
     groups : tuple of int
         The planted group of client 0, 1, ...; -1 where its users belong to several. Empty where
         none are planted.
+    num_held_out : tuple of int
+        Examples under leaf server 0, 1, ... that no client trains on. Devices that draw theirs
+        have the same ones under each.
     """
 
     clients: tuple[ClientData, ...]
@@ -312,6 +335,7 @@ class DataSummary:
     scales: Sequence[Standardisation]
     content: str
     groups: tuple[int, ...] = ()
+    num_held_out: tuple[int, ...] = ()
 
     @cached_property
     def num_train(self) -> tuple[int, ...]:

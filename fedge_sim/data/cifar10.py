@@ -16,7 +16,7 @@ from fedge_sim.config import AppConfig
 from fedge_sim.data import archive
 from fedge_sim.data.base import Names
 from fedge_sim.data.store import Recipe, StoreWriter
-from fedge_sim.errors import DataError
+from fedge_sim.errors import ConfigError, DataError
 
 FILE = "cifar10_train.npz"
 FOLDER = "cifar-10-batches-py"
@@ -32,33 +32,44 @@ def recipe(config: AppConfig) -> Recipe:
     """Say how CIFAR-10 becomes a store.
 
     ``data-root`` is the unpacked archive of python batches, the folder around it, or an .npz
-    file with ``x`` (N, 32, 32, 3) and ``y`` (N,).
+    file with ``x`` (N, 32, 32, 3) and ``y`` (N,). Images are averaged down to ``image-size``.
 
     Raises
     ------
+    ConfigError
+        If ``image-size`` does not divide 32.
     DataError
         If neither is there.
     """
+    size = config.image_size or SHAPE[1]
+    if SHAPE[1] % size:
+        problem = "images of 32 x 32 are averaged down: must be 0 (as they are), 1, 2, 4, 8, 16, 32"
+        raise ConfigError.at("app.config", "image-size", size, problem)
+    # Those as they are have the store that they always had.
+    of_size = {} if size == SHAPE[1] else {"image_size": size}
     if file := archive.find(config, FILE):
-        return Recipe("cifar10", {}, (file,), partial(_write_archive, file))
+        return Recipe("cifar10", of_size, (file,), partial(_write_archive, file, size))
     root = Path(config.data_root)
     for folder in (root / FOLDER, root):
         files = tuple(folder / name for name in BATCHES)
         if files[0].is_file():
-            return Recipe("cifar10", {}, files, partial(_write_batches, files))
+            return Recipe("cifar10", of_size, files, partial(_write_batches, files, size))
     raise archive.missing(config, f"the folder {FOLDER} or the file {FILE}")
 
 
-def _write_archive(file: Path, writer: StoreWriter) -> tuple[Names, dict[str, Any]]:
+def _write_archive(file: Path, size: int, writer: StoreWriter) -> tuple[Names, dict[str, Any]]:
     arrays = archive.read_npz(file, ("x", "y"))
     x = archive.real_numbers(file, arrays["x"])
     if x.shape[1:] != (*SHAPE[1:], SHAPE[0]):
         raise DataError(f"{file}: images must be (N, 32, 32, 3), not {x.shape}")
-    writer.add(x.transpose(0, 3, 1, 2), _labels(file, arrays["y"], len(x)))
+    images = _averaged(x.transpose(0, 3, 1, 2), size)
+    writer.add(images, _labels(file, arrays["y"], len(x)))
     return Names(CLASSES), {}
 
 
-def _write_batches(files: tuple[Path, ...], writer: StoreWriter) -> tuple[Names, dict[str, Any]]:
+def _write_batches(
+    files: tuple[Path, ...], size: int, writer: StoreWriter
+) -> tuple[Names, dict[str, Any]]:
     for number, file in enumerate(files):
         writer.tell(file.name, number / len(files))
         batch = _read_batch(file)
@@ -68,8 +79,16 @@ def _write_batches(files: tuple[Path, ...], writer: StoreWriter) -> tuple[Names,
         if not isinstance(labels, list) or not all(isinstance(label, int) for label in labels):
             raise DataError(f"{file}: has no list of labels; unpack it again")
         x = archive.real_numbers(file, data).reshape(-1, *SHAPE)
-        writer.add(x, _labels(file, np.array(labels), len(x)))
+        writer.add(_averaged(x, size), _labels(file, np.array(labels), len(x)))
     return Names(CLASSES), {}
+
+
+def _averaged(x: NDArray[Any], size: int) -> NDArray[Any]:
+    """Average images (n, channels, 32, 32) down to (n, channels, size, size)."""
+    if (of_each := SHAPE[1] // size) == 1:
+        return x
+    squares = x.reshape(*x.shape[:2], size, of_each, size, of_each)
+    return np.asarray(squares.mean(axis=(3, 5), dtype=np.float32))
 
 
 def _labels(file: Path, y: NDArray[Any], n: int) -> NDArray[np.int64]:

@@ -9,6 +9,7 @@ from torch import nn
 from fedge_sim.errors import ConfigError, suggest
 from fedge_sim.models.cnn1d import CNN1D
 from fedge_sim.models.cnn2d import CNN2D
+from fedge_sim.models.cnn2d_small import CNN2DSmall
 from fedge_sim.models.mlp import MLP
 from fedge_sim.models.resnet18 import ResNet18
 
@@ -34,6 +35,7 @@ class Model(NamedTuple):
 MODELS = {
     "cnn1d": Model(CNN1D, "windows (channels, samples)", 2),
     "cnn2d": Model(CNN2D, "images (channels, height, width)", 3),
+    "cnn2d-small": Model(CNN2DSmall, "images (channels, height, width)", 3),
     "mlp": Model(MLP, "examples of any shape", 0),
     "resnet18": Model(ResNet18, "images (channels, height, width)", 3),
 }

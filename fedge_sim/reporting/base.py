@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import count
 from pathlib import Path
+from typing import Literal
 
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import ConfigError
 from fedge_sim.leaf import Gate
+from fedge_sim.runtime.timeline import CloudAnswers, VersionMade
 from fedge_sim.training.local import Evaluation
 
 
@@ -71,7 +73,9 @@ class ClientRound:
     and the average of all leaves; ``own_test`` and ``own_train`` the model that the method gives
     the client: its personal one in pFedMe, else what the cloud hands back, which the leaf's gate
     may still reject. Where layers stay with the client, it has its own in all of them. Bytes and
-    seconds are those of training.
+    seconds are those of training; simulated seconds those that its leaf server waited for it.
+    ``fate`` says how its last job on the virtual clock ended, and ``lost`` how many brought no
+    update.
     """
 
     client: int
@@ -86,6 +90,9 @@ class ClientRound:
     bytes_up: int
     bytes_down: int
     seconds: float
+    simulated_seconds: float
+    fate: str
+    lost: int
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,8 @@ class RoundRecord:
         The state after the round.
     seconds : float
         Wall time of the round.
+    simulated_seconds : float
+        At its end, since the run began; nan without a virtual clock.
     """
 
     global_round: int
@@ -128,6 +137,7 @@ class RoundRecord:
     central_test: Evaluation
     cloud: CloudState
     seconds: float
+    simulated_seconds: float
 
     @property
     def clients(self) -> tuple[ClientRound, ...]:
@@ -143,6 +153,62 @@ class RoundRecord:
     def mean_client_accuracy(self) -> float:
         """Mean over clients of the accuracy of the models that the method gives them."""
         return mean_accuracy(client.own_test for client in self.clients)
+
+
+@dataclass(frozen=True)
+class VersionRecord:
+    """A version that a server made.
+
+    Attributes
+    ----------
+    event : VersionMade
+        When, by whom and of which jobs.
+    train_loss : float
+        Mean over its jobs.
+    num_examples : int
+        Training examples behind its updates.
+    bytes_up, bytes_down : int
+        Of its jobs.
+    seconds : float
+        Wall time since the run began.
+    """
+
+    event: VersionMade
+    train_loss: float
+    num_examples: int
+    bytes_up: int
+    bytes_down: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A model evaluated on examples that no client trains on.
+
+    Attributes
+    ----------
+    what : {"leaf", "cloud"}
+        Whose model.
+    server : int
+        The leaf server that it is of, or was handed to; -1: the one model of all, or the models
+        that all leaf servers were handed, each on its own examples.
+    version : int
+        Of the server that made it; of the cloud, where leaf servers make versions, its step.
+    simulated_seconds : float
+    updates : int
+        Of all servers up to then.
+    test : Evaluation
+    seconds : float
+        Wall time since the run began.
+    """
+
+    what: Literal["leaf", "cloud"]
+    server: int
+    version: int
+    simulated_seconds: float
+    updates: int
+    test: Evaluation
+    seconds: float
 
 
 def mean_accuracy(evaluations: Iterable[Evaluation]) -> float:
@@ -175,6 +241,21 @@ class Callback:
 
     def on_run_end(self, last: RoundRecord) -> None:
         """After the last round."""
+
+    def on_version(self, record: VersionRecord) -> None:
+        """After a server made a version, in a run of versions; it has no rounds."""
+
+    def on_held_out(self, record: HeldOut) -> str | None:
+        """After an evaluation on held-out examples; what it returns is the reason to end the run.
+
+        Other versions may have been made since.
+        """
+
+    def on_cloud_step(self, event: CloudAnswers, state: CloudState) -> None:
+        """After the cloud grouped and averaged leaf servers that make versions."""
+
+    def on_versions_end(self, state: CloudState) -> None:
+        """After the last version, with the cloud's models then."""
 
     def close(self) -> None:
         """After the run, however it ended."""

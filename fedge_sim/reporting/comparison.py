@@ -85,7 +85,7 @@ def read_run(folder: Path, seed: int) -> Run:
         If a file is missing or damaged, or lacks a column.
     """
     metrics = folder / "metrics" / f"seed_{seed}"
-    numbers = (*OWN, "comp_time_sec", "bytes_up", "bytes_down")
+    numbers = (*OWN, "comp_time_sec", "bytes_up", "bytes_down", "simulated_seconds")
     try:
         clients = pl.read_csv(
             metrics / "clients.csv", schema_overrides=dict.fromkeys(numbers, pl.Float64)
@@ -115,8 +115,9 @@ def by_round(clients: pl.DataFrame) -> pl.DataFrame:
     -------
     DataFrame
         ``round``; ``accuracy`` and ``loss``, means over clients; ``gap``, the mean accuracy on
-        training examples minus ``accuracy``; ``bytes`` and ``seconds`` since the run's start. A
-        round takes as many seconds as its slowest client's training.
+        training examples minus ``accuracy``; ``bytes`` and ``seconds`` since the run's start: by
+        the virtual clock, or without one as if a round took as long as its slowest client's
+        training.
     """
     means = (
         answered(clients)
@@ -129,14 +130,16 @@ def by_round(clients: pl.DataFrame) -> pl.DataFrame:
     )
     cost = clients.group_by("round").agg(
         bytes=(pl.col("bytes_up") + pl.col("bytes_down")).sum(),
-        seconds=pl.col("comp_time_sec").fill_nan(None).max().fill_null(0.0),
+        slowest=pl.col("comp_time_sec").fill_nan(None).max().fill_null(0.0),
+        clock=pl.col("simulated_seconds").fill_nan(None).max(),
     )
     rounds = cost.join(means, on="round", how="left").sort("round")
     return rounds.select(
         "round",
         pl.col("accuracy", "loss").fill_null(math.nan),
         (pl.col("train") - pl.col("accuracy")).fill_null(math.nan).alias("gap"),
-        pl.col("bytes", "seconds").cum_sum(),
+        pl.col("bytes").cum_sum(),
+        pl.col("clock").fill_null(pl.col("slowest").cum_sum()).alias("seconds"),
     )
 
 

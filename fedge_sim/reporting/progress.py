@@ -1,7 +1,9 @@
 """What a person sees: a progress bar on a terminal, a line a round in a log, a closing table."""
 
+import json
 import logging
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -16,7 +18,16 @@ from rich.table import Table
 
 from fedge_sim.cloud import CloudState
 from fedge_sim.records import TRAIN
-from fedge_sim.reporting.base import Callback, ClientDone, RoundRecord, RunInfo
+from fedge_sim.reporting.base import (
+    Callback,
+    ClientDone,
+    HeldOut,
+    RoundRecord,
+    RunInfo,
+    VersionRecord,
+)
+from fedge_sim.reporting.stopping import is_of_all
+from fedge_sim.reporting.versions import LOSSES, TOTALS, versions_written
 
 log = logging.getLogger(__name__)
 
@@ -146,3 +157,109 @@ class ConsoleReporter(Callback):
 def _clusters(state: CloudState) -> str:
     groups = (state.members(k) for k in range(len(state.cluster_models)))
     return " ".join("{" + ",".join(map(str, group)) + "}" for group in groups)
+
+
+class VersionReporter(Callback):
+    """Shows a run of versions on a console, after what wrote its files.
+
+    Parameters
+    ----------
+    console : rich Console
+        A progress bar is drawn if it is a terminal, else each held-out evaluation is logged.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("version {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[simulated]} simulated  accuracy {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_run_start(self, info: RunInfo) -> None:
+        """Say what runs, and start the bar."""
+        settings, h = info.settings, info.settings.hierarchy
+        at_leaves = settings.asynchronous.server == "leaf"
+        log.info(
+            "%s on %s, seed %d: %d devices under %d leaf servers, versions made by %s "
+            "(rule %s, up to %d devices at work), partition %s, %d parameters",
+            *(settings.data.model, settings.data.dataset, settings.seed),
+            *(h.num_clients, h.num_servers, "each of them" if at_leaves else "the cloud"),
+            *(settings.asynchronous.rule, settings.devices.device_selection_size),
+            *(settings.data.partition, info.num_parameters),
+        )
+        log.info("results: %s", info.folder)
+        self._folder = info.folder
+        self._last: HeldOut | None = None
+        servers = h.num_servers if at_leaves else 1
+        self._task = self._progress.add_task(
+            "versions",
+            total=servers * settings.devices.max_model_version,
+            completed=versions_written(info),
+            simulated="0 s",
+            accuracy="-",
+        )
+        self._progress.start()
+
+    def on_version(self, record: VersionRecord) -> None:
+        """Move the bar."""
+        simulated = f"{record.event.time:,.0f} s"
+        self._progress.update(self._task, advance=1, simulated=simulated)
+
+    def on_held_out(self, record: HeldOut) -> None:
+        """Show the accuracy, or log it."""
+        if is_of_all(record) or self._last is None or not is_of_all(self._last):
+            self._last = record
+            self._progress.update(self._task, accuracy=f"{record.test.accuracy:.1%}")
+        if not self._console.is_terminal:
+            log.info(
+                "%s version %d  simulated %.1f s  updates %d  accuracy %.4f  loss %.4f  %.1f s",
+                _whose(record),
+                *(record.version, record.simulated_seconds, record.updates),
+                *(record.test.accuracy, record.test.loss, record.seconds),
+            )
+
+    def on_versions_end(self, state: CloudState) -> None:
+        """Print what the run sums up to, and where the results are."""
+        self.close()
+        if (file := self._folder / TOTALS).exists():
+            self._console.print(self._table(json.loads(file.read_text(encoding="utf-8"))))
+        self._console.print(f"results: {self._folder}", highlight=False, soft_wrap=True)
+
+    def _table(self, totals: dict[str, Any]) -> Table:
+        table = Table(title="the run of versions", show_header=False)
+        simulated, real, jobs = totals["simulated_seconds"], totals["seconds"], totals["jobs"]
+        lost = [f"{jobs[fate]} {fate}" for fate in LOSSES if fate in jobs]
+        rows = {
+            "versions": f"{totals['versions']:,}",
+            "updates": f"{totals['updates']:,}, of {totals['devices_used']:,} devices",
+            "simulated time": f"{simulated:,.1f} s",
+            "real time": f"{real:,.1f} s",
+            "simulated / real": f"{simulated / real:,.1f}" if real else "-",
+            "devices at work": f"{totals['mean_concurrency']:.1f} on average, idle for "
+            f"{totals['idle_share']:.0%} of it",
+            "lost": ", ".join(lost) or "none",
+        }
+        if self._last is not None:
+            rows["held-out accuracy"] = f"{self._last.test.accuracy:.2%} ({_whose(self._last)})"
+        for name, value in rows.items():
+            table.add_row(name, value)
+        return table
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._progress.stop()
+
+
+def _whose(record: HeldOut) -> str:
+    """Return whose model was evaluated, in words."""
+    if record.server < 0:
+        return record.what
+    handed = " (the cloud's model)" if record.what == "cloud" else ""
+    return f"leaf server {record.server}{handed}"

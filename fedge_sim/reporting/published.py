@@ -67,9 +67,10 @@ NOTES = (
     "own: final accuracy of the models before the cloud step, with which they go on where the "
     "accuracy gate rejects the cloud's. Best: of all rounds. Generalisation gap: accuracy on "
     "training examples minus accuracy on test examples.",
-    "Simulated seconds: a round takes as long as the training of its slowest client, as if each "
-    "client had a device of its own, like one core of the machine that ran this, and the network "
-    "were free; it is measured, and the first run of a process has its start in it. MB: 10^6 "
+    "Simulated seconds: of the virtual clock (devices.enable); without one, a round takes as long "
+    "as the training of its slowest client, as if each client had a device of its own, like one "
+    "core of the machine that ran this, and the network were free: that is measured, and the "
+    "first run of a process has its start in it. MB: 10^6 "
     "bytes, between clients and leaf servers, both ways, over all rounds; centralised training "
     "moves the data instead, which is not counted.",
     "Coefficient of variation: standard deviation of all clients over their mean.",

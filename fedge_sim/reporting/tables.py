@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+from fedge_sim.cloud import CloudState
 from fedge_sim.reporting.base import Callback, LeafRound, RoundRecord, RunInfo, mean_accuracy
 from fedge_sim.reporting.clusters import agreement, agreement_with_groups, new_in
 
@@ -23,50 +24,21 @@ class TableWriter(Callback):
     """Writes ``run.json``, ``metrics/seed_<S>/`` and ``clusters/`` into the results folder."""
 
     def __init__(self) -> None:
-        self._history: list[dict[str, Any]] = []
         self._losses: list[float] = []
         self._accuracies: list[float] = []
 
     def on_run_start(self, info: RunInfo) -> None:
         """Write down what is about to run; in a run that is resumed, read what was written."""
         self._metrics = info.folder / "metrics" / f"seed_{info.settings.seed}"
-        self._clusters = info.folder / "clusters"
-        self._info = info
+        if not info.accuracies:
+            self._metrics.mkdir(parents=True)
+            write_run(info)
+        self._clusters = ClusterFiles(info)
         if info.accuracies:
-            self._read_back(len(info.accuracies))
-            return
-        self._metrics.mkdir(parents=True)
-        self._clusters.mkdir()
-        hierarchy = info.settings.hierarchy
-        write_json(
-            info.folder / "run.json",
-            {
-                "settings": info.settings.model_dump(mode="json", by_alias=True),
-                "num_parameters": info.num_parameters,
-                "classes": info.data.classes,
-                "dataset_sha256": info.data.content,
-                "clients": [
-                    {
-                        "client": client,
-                        "server": leaf,
-                        "num_train": info.data.num_train[client],
-                        "num_test": info.data.num_test[client],
-                    }
-                    for leaf, clients in enumerate(hierarchy.leaf_clients)
-                    for client in clients
-                ],
-                "versions": {
-                    "python": platform.python_version(),
-                    **{name: version(name) for name in ("flwr", "numpy", "ray", "torch")},
-                },
-            },
-        )
-        write_json(info.folder / "partition.json", partition_of(info), indent=None)
+            self._read_back()
 
-    def _read_back(self, rounds: int) -> None:
-        """Take in the rounds that are done; what a round that was stopped wrote is written anew."""
-        history = json.loads((self._metrics / "cluster_history.json").read_text("utf-8"))
-        self._history = history[:rounds]
+    def _read_back(self) -> None:
+        """Take in the rounds that are done."""
         with (self._metrics / "centralized_metrics.csv").open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 self._losses.append(float(row["central_test_loss"]))
@@ -74,44 +46,101 @@ class TableWriter(Callback):
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Add the round to every file."""
-        hierarchy, groups = self._info.settings.hierarchy, self._info.data.groups
-        truth = agreement_with_groups(record.cloud.labels, hierarchy.leaf_clients, groups)
+        truth = self._clusters.write(record.global_round, record.cloud, record.simulated_seconds)
         row = distributed_row(record) | {"ari_truth": math.nan if truth is None else truth}
-        _append(self._metrics / "distributed_metrics.csv", [row])
+        append_rows(self._metrics / "distributed_metrics.csv", [row])
         self._losses.append(record.central_test.loss)
         self._accuracies.append(record.central_test.accuracy)
         central = centralized_row(record, self._losses, self._accuracies)
-        _append(self._metrics / "centralized_metrics.csv", [central])
+        append_rows(self._metrics / "centralized_metrics.csv", [central])
         for leaf in record.leaves:
             row = server_row(record, leaf)
-            _append(self._metrics / f"server_{leaf.leaf}.csv", [row])
-        _append(self._metrics / "clients.csv", client_rows(record))
-        self._write_clusters(record, truth)
+            append_rows(self._metrics / f"server_{leaf.leaf}.csv", [row])
+        append_rows(self._metrics / "clients.csv", client_rows(record))
 
-    def _write_clusters(self, record: RoundRecord, truth: float | None) -> None:
-        state, g = record.cloud, record.global_round
-        settings = self._info.settings.cloud_cluster
+
+class ClusterFiles:
+    """``clusters/`` and ``cluster_history.json``: how the cloud grouped the leaf servers.
+
+    Parameters
+    ----------
+    info : RunInfo
+        Of a run that may be resumed: what it wrote later is written anew.
+    """
+
+    def __init__(self, info: RunInfo) -> None:
+        self._info = info
+        self._folder = info.folder / "clusters"
+        self._folder.mkdir(exist_ok=True)
+        self._file = info.folder / "metrics" / f"seed_{info.settings.seed}" / "cluster_history.json"
+        self._history: list[dict[str, Any]] = []
+        if self._file.exists():
+            self._history = json.loads(self._file.read_text("utf-8"))
+
+    def write(self, number: int, state: CloudState, simulated_seconds: float) -> float | None:
+        """Add the cloud's step of a number, from 1; return its agreement with planted groups."""
+        settings, data = self._info.settings, self._info.data
+        cluster = settings.cloud_cluster
+        self._history = self._history[: number - 1]
         before = self._history[-1]["labels"] if self._history else []
-        entry = {
-            "round": g,
+        truth = agreement_with_groups(state.labels, settings.hierarchy.leaf_clients, data.groups)
+        entry: dict[str, Any] = {
+            "round": number,
             "clustered": state.similarity is not None,
             "num_clusters": len(state.cluster_models),
             "labels": list(state.labels),
             "clusters": {str(k): list(state.members(k)) for k in range(len(state.cluster_models))},
-            "method": settings.method if settings.enable else "none",
+            "method": cluster.method if cluster.enable else "none",
             "births": new_in(state.labels, before),
             "deaths": new_in(before, state.labels),
             "ari_previous": agreement(state.labels, before) if before else None,
             "ari_truth": truth,
         }
+        if not math.isnan(simulated_seconds):
+            entry["simulated_seconds"] = simulated_seconds
         if state.similarity is not None:
             header = [f"server_{leaf}" for leaf in range(len(state.labels))]
-            with (self._clusters / f"similarity_matrix_g{g}.csv").open("w", newline="") as file:
+            with (self._folder / f"similarity_matrix_g{number}.csv").open("w", newline="") as file:
                 csv.writer(file).writerows([header, *state.similarity.tolist()])
             entry["similarity"] = state.similarity.tolist()
-        write_json(self._clusters / f"clusters_g{g}.json", entry)
+        write_json(self._folder / f"clusters_g{number}.json", entry)
         self._history.append(entry)
-        write_json(self._metrics / "cluster_history.json", self._history)
+        write_json(self._file, self._history)
+        return truth
+
+
+def write_run(info: RunInfo) -> None:
+    """Write ``run.json``, what runs, and ``partition.json``; the second if clients are listed.
+
+    Devices whose examples are drawn when they are used are too many for a list.
+    """
+    drawn = info.settings.devices.devices_per_leaf > 0
+    write_json(
+        info.folder / "run.json",
+        {
+            "settings": info.settings.model_dump(mode="json", by_alias=True),
+            "num_parameters": info.num_parameters,
+            "classes": info.data.classes,
+            "dataset_sha256": info.data.content,
+            "clients": [
+                {
+                    "client": client,
+                    "server": leaf,
+                    "num_train": info.data.num_train[client],
+                    "num_test": info.data.num_test[client],
+                }
+                for leaf, clients in enumerate(info.settings.hierarchy.leaf_clients)
+                for client in clients
+                if not drawn
+            ],
+            "versions": {
+                "python": platform.python_version(),
+                **{name: version(name) for name in ("flwr", "numpy", "ray", "torch")},
+            },
+        },
+    )
+    if not drawn:
+        write_json(info.folder / "partition.json", partition_of(info), indent=None)
 
 
 def partition_of(info: RunInfo) -> dict[str, dict[str, list[int]]]:
@@ -153,6 +182,8 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
         "client_avg_accuracy": record.mean_client_accuracy,
         "num_clusters": len(record.cloud.cluster_models),
         "lr": record.lr,
+        "simulated_seconds": record.simulated_seconds,
+        "num_lost": sum(c.lost for c in record.clients),
     }
 
 
@@ -185,11 +216,15 @@ def centralized_row(
         "conv_acc_rate": acc_rate,
         "conv_loss_stability": loss_stability,
         "conv_acc_stability": acc_stability,
+        "simulated_seconds": record.simulated_seconds,
     }
 
 
 def server_row(record: RoundRecord, leaf: LeafRound) -> dict[str, Any]:
     """Return one leaf server's round; ``server_partition_*`` is before the cloud step.
+
+    ``simulated_seconds`` is when the global round ended, here and in the other tables, on the
+    virtual clock; nan without one.
 
     ``round_time_sec`` is the wall time of the global round, in which all leaves train at once.
     """
@@ -207,6 +242,8 @@ def server_row(record: RoundRecord, leaf: LeafRound) -> dict[str, Any]:
         "gate_accepted": int(leaf.gate.accepted),
         "gate_acc_old": leaf.gate.acc_old,
         "gate_acc_new": leaf.gate.acc_new,
+        "simulated_seconds": record.simulated_seconds,
+        "num_lost": sum(c.lost for c in leaf.clients),
     }
 
 
@@ -234,6 +271,10 @@ def client_rows(record: RoundRecord) -> list[dict[str, Any]]:
             "own_loss": client.own_test.loss,
             "own_train_accuracy": client.own_train.accuracy,
             "own_train_loss": client.own_train.loss,
+            "simulated_seconds": record.simulated_seconds,
+            "waited_simulated_sec": client.simulated_seconds,
+            "fate": client.fate,
+            "num_lost": client.lost,
         }
         for leaf in record.leaves
         for client in leaf.clients
@@ -247,7 +288,8 @@ def write_json(file: Path, value: object, indent: int | None = 1) -> None:
     aside.replace(file)
 
 
-def _append(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def append_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows, at least one, to a CSV file; a new one begins with their keys."""
     is_new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))

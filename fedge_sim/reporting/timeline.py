@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from threading import Lock
 
-from fedge_sim.reporting.base import Callback, ClientDone, RoundRecord, RunInfo
+from fedge_sim.reporting.base import Callback, ClientDone, RoundRecord, RunInfo, VersionRecord
 from fedge_sim.reporting.tables import write_json
 
 TIMELINE, WORKERS = "timeline.csv", "workers.json"
@@ -18,9 +18,10 @@ class TimelineWriter(Callback):
     """Writes ``timeline.csv`` and ``workers.json`` into the results folder.
 
     A row of the first is one client's last try, in seconds since the run's start, and belongs
-    to the global round at whose end it was known. The second lists, in order, the names of all
-    workers and from when on they were those, so that one without work counts as idle. Both are
-    written at the end of a round: a kill keeps the finished ones.
+    to the global round at whose end it was known; in a run of versions, to the version. The
+    second lists, in order, the names of all workers and from when on they were those, so that
+    one without work counts as idle. Both are written at the end of a round, or with a version: a
+    kill keeps the finished ones.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class TimelineWriter(Callback):
         """Begin the files; seconds count from here, or on from where a resumed run was."""
         self._folder, self._start = info.folder, time.time()
         self._num_told = -1
-        if info.accuracies:
+        if (self._folder / TIMELINE).exists():
             with (self._folder / TIMELINE).open(newline="", encoding="utf-8") as file:
                 ends = [float(row["end_s"]) for row in csv.DictReader(file)]
             self._start -= max(ends, default=0.0)
@@ -57,12 +58,19 @@ class TimelineWriter(Callback):
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Add what was done in the round."""
+        self._write(record.global_round)
+
+    def on_version(self, record: VersionRecord) -> None:
+        """Add what was done since the version before."""
+        self._write(record.event.version)
+
+    def _write(self, number: int) -> None:
         with self._lock:
             done, self._done = self._done, []
         self._append(
             [
                 (
-                    *(record.global_round, d.purpose, d.leaf, d.client, d.worker),
+                    *(number, d.purpose, d.leaf, d.client, d.worker),
                     self._seconds(d.started),
                     # A clock that was set back in between gives no negative time.
                     self._seconds(max(d.started, d.ended)),

@@ -1,10 +1,11 @@
-"""The models of the last finished round, as safetensors, with a note that says how to load."""
+"""The models of the last round or version, as safetensors, with a note that says how to load."""
 
 from pathlib import Path
 
 from safetensors.numpy import save_file
 
 from fedge_sim.algorithms import Arrays
+from fedge_sim.cloud import CloudState
 from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
 from fedge_sim.reporting.tables import write_json
 
@@ -27,7 +28,7 @@ class WeightWriter(Callback):
     def on_run_start(self, info: RunInfo) -> None:
         """Make the folder, and keep what a reader of the models needs."""
         self._folder = info.folder / "models"
-        self._folder.mkdir(exist_ok=bool(info.accuracies))
+        self._folder.mkdir(exist_ok=True)
         self._form: dict[str, object] = {
             "name": info.settings.data.model,
             "example_shape": info.data.example_shape,
@@ -44,14 +45,20 @@ class WeightWriter(Callback):
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Replace the models by those of this round; a kill leaves a whole file of each."""
-        state = record.cloud
+        self._write(record.global_round, record.cloud)
+
+    def on_versions_end(self, state: CloudState) -> None:
+        """Write the models of the last version, or of the cloud's last step."""
+        self._write(state.global_round, state)
+
+    def _write(self, number: int, state: CloudState) -> None:
         _save(self._folder / "global.safetensors", state.global_model)
         for k, model in enumerate(state.cluster_models):
             _save(self._folder / f"cluster_{k}.safetensors", model)
         write_json(
             self._folder / "models.json",
             {
-                "round": record.global_round,
+                "round": number,
                 **self._form,
                 "clusters": {
                     f"cluster_{k}.safetensors": {"leaf_servers": state.members(k)}

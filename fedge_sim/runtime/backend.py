@@ -76,7 +76,7 @@ def open_grid(
         If actors cannot be started, or cannot use the data.
     """
     runtime, cores = settings.runtime, available_cores()
-    clients = settings.hierarchy.num_clients
+    clients = settings.clients_at_a_time
     backend, reason = choose(runtime, clients, cores, torch.cuda.device_count())
     workers, best = _threads(runtime, cores), 1
     if backend == "inprocess":
@@ -113,7 +113,7 @@ def _in_process(
     ):
         if value := getattr(runtime, key):
             raise ConfigError.at("runtime", key, value, f'{problem}; use backend = "ray"')
-    each = math.ceil(settings.hierarchy.num_clients / workers)
+    each = math.ceil(settings.clients_at_a_time / workers)
     size = sizing.fixed_cohort(runtime) or min(best_cohort, each, sizing.MAX_COHORT)
     settings = sizing.settle_cohort(settings, size)
     on_workers([f"thread-{number}" for number in range(workers)])

@@ -263,7 +263,7 @@ class Crew:
                 *(self._need.base / MIB, self._need.per_client / MIB),
                 *(self._need.of(self.plan.at_a_time) / MIB, self.plan.at_a_time),
             )
-        log.info(self.plan.describe(self.settings.hierarchy.num_clients))
+        log.info(self.plan.describe(self.settings.clients_at_a_time))
         for who in introductions[: len(self.workers)]:
             log.info("%s on %s", who.name, who.node)
         self._tell()

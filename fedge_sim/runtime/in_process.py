@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import TypeAlias
 
@@ -97,9 +97,20 @@ class InProcessGrid(LocalGrid):
         """Messages without a reply."""
         return sum(not future.done() for future in list(self._pending.values()))
 
+    @property
+    def cohort_size(self) -> int:
+        """Clients that are trained in one step, at most."""
+        return self._cohort_size
+
+    @property
+    def at_a_time(self) -> int:
+        """Clients that all threads train at once."""
+        return self._workers * self._cohort_size
+
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         """Queue messages, in order and in cohorts, and return their ids."""
-        self._progress_at = time.monotonic()
+        if not self.waiting:
+            self._progress_at = time.monotonic()
         messages = list(messages)
         ids = [give_id(message) for message in messages]
         with self._taking:
@@ -110,13 +121,27 @@ class InProcessGrid(LocalGrid):
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that are ready, each once."""
+        """Return the replies that are ready, each once.
+
+        Raises
+        ------
+        StalledError
+            If for ``progress_timeout_s`` no client gets done.
+        """
+        self._check_progress()
         ready = [
             message_id
             for message_id in dict.fromkeys(message_ids)
             if message_id in self._pending and self._pending[message_id].done()
         ]
         return [self._pending.pop(message_id).result()[message_id] for message_id in ready]
+
+    def wait(self, timeout: float) -> None:
+        """Return when a reply is there to pull, at once if one is, or after so many seconds."""
+        left = self._progress_at + self._runtime.progress_timeout_s - time.monotonic()
+        pending = set(self._pending.values())
+        wait_for(pending, max(0.0, min(timeout, left)), return_when=FIRST_COMPLETED)
+        self._check_progress()
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -141,10 +166,7 @@ class InProcessGrid(LocalGrid):
                     break
                 left = min(left, deadline - now)
             waiting = wait_for(waiting, timeout=max(0.0, left)).not_done
-            if waiting and self._stalled():
-                self._given_up = True
-                limit = self._runtime.progress_timeout_s
-                raise stalled(limit, self.waiting, "threads", stacks())
+            self._check_progress()
         with self._taking:
             late = {i for i in ids if i in self._awaited and not self._pending[i].done()}
             self._awaited -= late
@@ -154,9 +176,12 @@ class InProcessGrid(LocalGrid):
         wait_for({self._pending[message_id] for message_id in taken})
         return self.pull_messages(taken)
 
-    def _stalled(self) -> bool:
-        quiet = time.monotonic() - self._progress_at
-        return bool(self._pending) and quiet > self._runtime.progress_timeout_s
+    def _check_progress(self) -> None:
+        """Give up if messages wait, and none was worked off for too long."""
+        limit = self._runtime.progress_timeout_s
+        if time.monotonic() - self._progress_at > limit and self.waiting:
+            self._given_up = True
+            raise stalled(limit, self.waiting, "threads", stacks())
 
     def _work(self, cohort: Sequence[Message]) -> dict[str, Message]:
         """Answer a cohort, write its clients' states if it is waited for; return replies by id."""

@@ -414,10 +414,30 @@ class LocalGrid(Grid):
     def close(self) -> None:
         """Stop all work and free what it held."""
 
+    @abstractmethod
+    def wait(self, timeout: float) -> None:
+        """Return when a reply may be there to pull, at once if one is, or after so many seconds.
+
+        Raises
+        ------
+        StalledError
+            If for ``progress_timeout_s`` no client gets done.
+        """
+
     @property
     @abstractmethod
     def waiting(self) -> int:
         """Messages without a reply."""
+
+    @property
+    @abstractmethod
+    def cohort_size(self) -> int:
+        """Clients that are trained in one step, at most."""
+
+    @property
+    @abstractmethod
+    def at_a_time(self) -> int:
+        """Clients that all workers train at once."""
 
     def set_run(self, run: Run) -> None:
         """Set the run; a message made in this process belongs to it."""

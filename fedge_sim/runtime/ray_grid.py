@@ -1,13 +1,14 @@
 """A Flower Grid on Ray actors that live for the whole run.
 
-A leaf's model is put into Ray's object store once a round; messages travel without it, several
-to a call where clients are short. A client's result depends on nothing but its message, so what
-was lost with an actor is run again, with the same bytes.
+A leaf's model is put into Ray's object store once; messages travel without it, several to a call
+where clients are short. A client's result depends on nothing but its message, so what was lost
+with an actor is run again, with the same bytes.
 """
 
 import gc
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ from fedge_sim.runtime.trainer import Job
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 0.5  # between two looks at what hangs
+KEPT_MODELS = 16  # of those put last, that messages of later pushes may share
 
 
 @dataclass(eq=False)
@@ -59,7 +61,11 @@ class _Task:
         return self.message.metadata.message_type
 
     @property
-    def key(self) -> tuple[str, ...]:
+    def key(self) -> tuple[str, ...] | None:
+        """As what the time that it takes is remembered; None for a job, which comes once."""
+        config = self.message.content.config_records.get(records.CONFIG)
+        if config is not None and records.JOB in config:
+            return None
         return tuple(self.message.metadata.group_id.split("/")[::2])  # purpose and client
 
 
@@ -104,9 +110,12 @@ class RayGrid(LocalGrid):
         super().__init__()
         self._runtime = settings.runtime
         self._on_done = on_done
-        self._schedule: Schedule[_Task] = Schedule()
+        # Evaluations go first: they are short, and would wait for all trainings to come.
+        self._evaluations: Schedule[_Task] = Schedule()
+        self._others: Schedule[_Task] = Schedule()
         self._estimates = Estimates()
         self._running: dict[Any, _Hand] = {}  # by the call's ObjectRef
+        self._models: OrderedDict[int, tuple[ArrayRecord, Any]] = OrderedDict()  # refs, by id
         self._replies: dict[str, Message] = {}  # that nobody has pulled yet
         self._open: set[str] = set()  # ids without a reply
         self._told: set[tuple[str, str]] = set()  # client and kind of the tracebacks shown
@@ -134,6 +143,16 @@ class RayGrid(LocalGrid):
         """Messages without a reply."""
         return len(self._open)
 
+    @property
+    def cohort_size(self) -> int:
+        """Clients that are trained in one step, at most."""
+        return self.crew.plan.cohort_size
+
+    @property
+    def at_a_time(self) -> int:
+        """Clients that all actors train at once."""
+        return len(self.crew.workers) * self.crew.plan.at_a_time
+
     def close(self) -> None:
         """Drop all work, stop the actors, and Ray if it was started here."""
         self._open.clear()
@@ -145,19 +164,36 @@ class RayGrid(LocalGrid):
         """Queue messages and return their ids."""
         if not self._open:
             self._progress_at = time.monotonic()
-        refs: dict[int, Any] = {}  # a model that many messages share is put once
-        tasks = [self._task(message, refs) for message in messages]
+        tasks = [self._task(message) for message in messages]
+        while len(self._models) > KEPT_MODELS:
+            self._models.popitem(last=False)
         self._open.update(task.id for task in tasks)
+        self._estimate_anew()  # with what is known now, as the new ones are
         for task in tasks:
             self._queue(task)
         self._deal()
         return [task.id for task in tasks]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
-        """Return the replies that are ready, each once."""
+        """Return the replies that are ready, each once.
+
+        Raises
+        ------
+        StalledError
+            If for ``progress_timeout_s`` no client gets done.
+        WorkerError
+            If no actor is left.
+        """
         self._turn(0.0)
         ready = [i for i in dict.fromkeys(message_ids) if i in self._replies]
         return [self._replies.pop(message_id) for message_id in ready]
+
+    def wait(self, timeout: float) -> None:
+        """Return when a reply may be there to pull, at once if one is, or after so many seconds."""
+        deadline = time.monotonic() + timeout
+        self._turn(0.0)
+        while not self._replies and self._open and (left := deadline - time.monotonic()) > 0:
+            self._turn(min(left, WATCH_SECONDS))
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -182,29 +218,46 @@ class RayGrid(LocalGrid):
                 break
             self._turn(min(left, WATCH_SECONDS))
         replies = [self._replies.pop(i) for i in ids if i in self._replies]
-        self._open -= mine
-        self.crew.clean()
+        if late := mine & self._open:
+            self._open -= late
+            self._rest()
         return replies
 
     # ------------------------------------------------------------------ there
 
-    def _task(self, message: Message, refs: dict[int, Any]) -> _Task:
+    def _task(self, message: Message) -> _Task:
         give_id(message)
         light, models = RecordDict(), {}
         for name, record in message.content.items():
             if isinstance(record, ArrayRecord):
-                if id(record) not in refs:
-                    refs[id(record)] = ray.put(record)
-                models[name] = refs[id(record)]
+                models[name] = self._put(record)
             else:
                 light[name] = record
         work = records.work_of(message)
         same = Message(light, metadata=message.metadata)  # type: ignore[call-overload]
         return _Task(message, same, models, work)
 
+    def _put(self, model: ArrayRecord) -> Any:
+        """Put a model into Ray's store, once for the many messages that share it."""
+        known = self._models.pop(id(model), None)  # which is alive, so its id is no other's
+        self._models[id(model)] = known or (model, ray.put(model))
+        return self._models[id(model)][1]
+
     def _queue(self, task: _Task) -> None:
-        seconds = self._estimates.expect(task.kind, task.key, task.work)
-        self._schedule.add(task, task.work, seconds, alone=task.alone)
+        schedule = self._evaluations if task.kind == MessageType.EVALUATE else self._others
+        schedule.add(task, task.work, self._expect(task), alone=task.alone)
+
+    def _expect(self, task: _Task) -> float | None:
+        return self._estimates.expect(task.kind, task.key or (), task.work)
+
+    def _estimate_anew(self) -> None:
+        """Queue again what waits: of messages that take equally long, earlier ones stay first."""
+        for task in (*self._evaluations.drop(), *self._others.drop()):
+            self._queue(task)
+
+    @property
+    def _next(self) -> Schedule[_Task]:
+        return self._evaluations or self._others
 
     def _deal(self) -> None:
         """Give every actor a hand, and a second one where hands are short."""
@@ -216,16 +269,12 @@ class RayGrid(LocalGrid):
             self._hand_out(worker, len(ready), sharing)
         for worker in ready:
             # A death may take along the reply before: who is run alone gets an actor alone, too.
-            if (
-                len(worker.calls) == 1
-                and not self._schedule.next_is_alone
-                and self._is_short(worker)
-            ):
+            if len(worker.calls) == 1 and not self._next.next_is_alone and self._is_short(worker):
                 self._hand_out(worker, len(ready), len(ready))
 
     def _is_short(self, worker: Worker) -> bool:
         tasks = self._running[worker.calls[0]].tasks
-        seconds = [self._estimates.expect(task.kind, task.key, task.work) for task in tasks]
+        seconds = [self._expect(task) for task in tasks]
         if None in seconds or any(task.alone for task in tasks):
             return False
         return sum(s or 0.0 for s in seconds) <= 2 * HAND_SECONDS
@@ -233,8 +282,8 @@ class RayGrid(LocalGrid):
     def _hand_out(self, worker: Worker, num_workers: int, sharing: int) -> None:
         tasks: list[_Task] = []
         plan = self.crew.plan
-        while not tasks and self._schedule:
-            dealt = self._schedule.deal(num_workers, plan.cohort_size, plan.streams, sharing)
+        while not tasks and self._next:
+            dealt = self._next.deal(num_workers, plan.cohort_size, plan.streams, sharing)
             tasks = [task for task in dealt if task.id in self._open]  # the others were dropped
         if not tasks:
             return
@@ -289,8 +338,7 @@ class RayGrid(LocalGrid):
                 new = self._estimates.expect(task.kind, None, 1.0) is None
                 self._estimates.learn(task.kind, task.key, task.work, answer.ended - answer.started)
                 if new:  # now it is known how long those that wait will take
-                    for waiting in self._schedule.drop():
-                        self._queue(waiting)
+                    self._estimate_anew()
                 self._finish(task, answer.result, hand.worker.name, answer)
             elif answer.result.out_of_memory:
                 hungry.append(task)
@@ -320,6 +368,14 @@ class RayGrid(LocalGrid):
         now = time.time()
         started, ended = (answer.started, answer.ended) if answer else (now, now)
         self._on_done(Done(reply, worker, started, ended))
+        if not self._open:
+            self._rest()
+
+    def _rest(self) -> None:
+        """Let go of what is not needed as long as nobody trains."""
+        if not self._open:
+            self._models.clear()
+            self.crew.clean()
 
     # ------------------------------------------------------------------ what goes wrong
 

@@ -7,7 +7,9 @@ the same client to the same node.
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, islice, pairwise
 from typing import Any
 
 from flwr.app import ConfigRecord, Message
@@ -15,7 +17,8 @@ from flwr.serverapp import Grid
 
 from fedge_sim import records
 from fedge_sim.config import Settings
-from fedge_sim.data.base import DataSummary
+from fedge_sim.data.base import DataSummary, Standardisation
+from fedge_sim.data.drawn import are_drawn
 from fedge_sim.errors import DataError, RosterError
 from fedge_sim.runtime import sizing
 from fedge_sim.training.choice import Choice
@@ -23,9 +26,60 @@ from fedge_sim.training.choice import Choice
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+MOST_NAMED = 20  # clients in an error message
 
 
-def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int]:
+@dataclass(frozen=True, eq=False)
+class Roster(Mapping[int, int]):
+    """The node of every client that can be served, worked out when it is asked for.
+
+    A client goes to the node that names it, else to one of those that serve any, in turn.
+
+    Attributes
+    ----------
+    named : mapping of int to int
+        The node of each client of the topology that is named by one.
+    anywhere : sequence of int
+        The nodes that serve any client.
+    num_clients : int
+        Of the topology.
+    """
+
+    named: Mapping[int, int]
+    anywhere: Sequence[int]
+    num_clients: int
+
+    def __getitem__(self, client: int) -> int:
+        if client in self.named:
+            return self.named[client]
+        if not self.anywhere or client not in range(self.num_clients):
+            raise KeyError(client)
+        return self.anywhere[client % len(self.anywhere)]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.num_clients) if self.anywhere else sorted(self.named))
+
+    def __len__(self) -> int:
+        return self.num_clients if self.anywhere else len(self.named)
+
+    @property
+    def missing(self) -> Iterator[int]:
+        """The clients that no node serves."""
+        return (c for c in range(self.num_clients) if c not in self)
+
+    @property
+    def nodes(self) -> list[int]:
+        """The nodes that serve a client, in ascending order."""
+        turns = range(self.num_clients)
+        some = {
+            node
+            for place, node in enumerate(self.anywhere)
+            if any(c not in self.named for c in turns[place :: len(self.anywhere)])
+        }
+        return sorted(some | {*self.named.values()})
+
+
+def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> Roster:
     """Ask the nodes which clients they serve until every client has one.
 
     Parameters
@@ -37,7 +91,7 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
 
     Returns
     -------
-    dict of int to int
+    Roster
         The node of every client.
 
     Raises
@@ -63,15 +117,16 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
                 log.warning("node %d cannot say which clients it serves: %s", node, reason)
         expected = max((a[records.NUM_NODES] for a in answers.values()), default=1)
         roster = assign(answers, num_clients)
-        missing = [client for client in range(num_clients) if client not in roster]
+        missing = num_clients - len(roster)
         if not missing and len(answers) >= expected:
-            log.info("%d clients, nodes that serve them: %d", num_clients, len({*roster.values()}))
+            log.info("%d clients, nodes that serve them: %d", num_clients, len(roster.nodes))
             return roster
         if time.monotonic() > deadline:
             break
         time.sleep(POLL_SECONDS)
     if missing:
-        names = ", ".join(map(str, missing))
+        names = ", ".join(map(str, islice(roster.missing, MOST_NAMED)))
+        names += f" and {missing - MOST_NAMED} more" if missing > MOST_NAMED else ""
         raise RosterError(
             f"no node serves client {names}: {len(answers)} nodes answered within {timeout_s:g} s, "
             f"{len(failed)} failed; "
@@ -81,28 +136,22 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> dict[int, int
     return roster
 
 
-def assign(answers: Mapping[int, Mapping[str, Any]], num_clients: int) -> dict[int, int]:
-    """Return the node of each client that can be served.
+def assign(answers: Mapping[int, Mapping[str, Any]], num_clients: int) -> Roster:
+    """Return the node of each client that can be served: the first, by id, that names it.
 
-    A client goes to the first node, by id, that names it, else to one of the nodes that
-    serve any, in turn by client id.
+    Else it is one of the nodes that serve any, in turn by client id.
     """
     named: dict[int, int] = {}
     for node in sorted(answers):
         for client in answers[node][records.CLIENT_IDS]:
-            named.setdefault(client, node)
+            if client in range(num_clients):
+                named.setdefault(client, node)
     anywhere = sorted(node for node, answer in answers.items() if answer[records.SERVES_ANY])
-    roster = {}
-    for client in range(num_clients):
-        if client in named:
-            roster[client] = named[client]
-        elif anywhere:
-            roster[client] = anywhere[client % len(anywhere)]
-    return roster
+    return Roster(named, anywhere, num_clients)
 
 
-def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSummary:
-    """Ask every node about the data of its clients.
+def survey(grid: Grid, roster: Roster, settings: Settings) -> DataSummary:
+    """Ask every node about the data of its clients; of devices that draw theirs, the form alone.
 
     Raises
     ------
@@ -112,8 +161,11 @@ def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSum
         If a node does not answer.
     """
     clients_of: dict[int, list[int]] = {}
-    for client, node in sorted(roster.items()):
-        clients_of.setdefault(node, []).append(client)
+    if are_drawn(settings):
+        clients_of = {node: [] for node in roster.nodes}
+    else:
+        for client, node in sorted(roster.items()):
+            clients_of.setdefault(node, []).append(client)
     questions = [
         records.instruction(
             node,
@@ -128,7 +180,7 @@ def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSum
         if records.ERROR in answers[node]:
             raise DataError(answers[node][records.ERROR])
         parts[node] = records.description(answers[node])
-    forms = {(part.example_shape, part.classes) for part in parts.values()}
+    forms = {(part.example_shape, part.classes, part.num_held_out) for part in parts.values()}
     if len(forms) > 1:
         raise DataError(f"nodes hold data of different forms: {sorted(forms)}")
     by_client = {
@@ -140,15 +192,25 @@ def survey(grid: Grid, roster: Mapping[int, int], settings: Settings) -> DataSum
         for node, clients in clients_of.items()
         for place, client in enumerate(clients)
     }
-    example_shape, classes = forms.pop()
+    example_shape, classes, num_held_out = forms.pop()
+    scales: Sequence[Standardisation] = [by_client[client][1] for client in sorted(by_client)]
+    if are_drawn(settings):
+        scales = parts[min(parts)].scales
+    else:
+        ends = accumulate(settings.hierarchy.clients_per_server, initial=0)
+        num_held_out = tuple(
+            sum(len(by_client[client][0].test) for client in range(*span))
+            for span in pairwise(ends)
+        )
     groups = tuple(g for client in sorted(by_client) for g in by_client[client][2])
     return DataSummary(
         clients=tuple(by_client[client][0] for client in sorted(by_client)),
         example_shape=example_shape,
         classes=classes,
-        scales=tuple(by_client[client][1] for client in sorted(by_client)),
+        scales=tuple(scales),
         content=" ".join(dict.fromkeys(part.content for part in parts.values())),
         groups=groups if len(groups) == len(by_client) else (),  # or some node plants none
+        num_held_out=num_held_out,
     )
 
 
@@ -162,7 +224,7 @@ def settle_training(grid: Grid, roster: Mapping[int, int], settings: Settings) -
     """
     if not sizing.is_open(settings.runtime):
         return settings
-    client, node = min(roster.items())
+    client, node = next(iter(roster.items()))  # the first
     config = ConfigRecord({records.SETTINGS: settings.to_json()})
     question = records.instruction(node, records.ASK_TRAINING, config)
     answer = _contents(grid.send_and_receive([question]), {node: [client]})[node]
@@ -184,8 +246,7 @@ def _contents(
             reasons[node] = message.error.reason
     for node, clients in clients_of.items():
         if node not in answers:
-            raise RosterError(
-                f"node {node}, which serves client {', '.join(map(str, clients))}, did not "
-                f"answer: {reasons.get(node, 'nothing came')}"
-            )
+            which = f"client {', '.join(map(str, clients))}" if clients else "devices"
+            reason = reasons.get(node, "nothing came")
+            raise RosterError(f"node {node}, which serves {which}, did not answer: {reason}")
     return answers

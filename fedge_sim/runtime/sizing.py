@@ -163,7 +163,7 @@ def plan(
     ConfigError
         If what the settings fix does not fit the machine, or not even one client does.
     """
-    runtime, clients = settings.runtime, settings.hierarchy.num_clients
+    runtime, clients = settings.runtime, settings.clients_at_a_time
     if runtime.num_gpus_per_actor not in ("auto", 0) and machine.gpus == 0:
         problem = 'there is no GPU here; set 0 or "auto"'
         raise ConfigError.at("runtime", "num_gpus_per_actor", runtime.num_gpus_per_actor, problem)
@@ -190,7 +190,7 @@ def _plan_on_cpu(
     actors: int,
     best_cohort: int,
 ) -> Plan:
-    runtime, clients = settings.runtime, settings.hierarchy.num_clients
+    runtime, clients = settings.runtime, settings.clients_at_a_time
     fixed, room = fixed_cohort(runtime), MAX_COHORT
     allowed = int(machine.memory * profile.memory_share)
     if need is not None:
@@ -221,7 +221,7 @@ def _plan_on_gpus(
     best_cohort: int,
 ) -> Plan:
     """Take the smallest fraction, from the profile's up, in which a client has room."""
-    runtime, clients = settings.runtime, settings.hierarchy.num_clients
+    runtime, clients = settings.runtime, settings.clients_at_a_time
     fixed = fixed_cohort(runtime)
     measured, need, cap = need is not None, need or Need(0, 0), 0
     for fraction in _fractions(runtime, profile):

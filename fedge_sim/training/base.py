@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ class TrainSettings:
     accumulation : int
         Batches whose gradients make one step: that of the mean over all their examples.
     momentum, weight_decay : float
-        Of SGD.
+        The first is SGD's alone; the second is the factor of an L2 term.
     clip_norm : float
         Largest norm of a step's gradient over all parameters; 0 turns clipping off.
     label_smoothing : float
@@ -40,6 +40,8 @@ class TrainSettings:
     outer_lr : float
         Above 0 for pFedMe: after each batch's steps the anchor of the proximal term moves, and
         is the client's model in the end; see :mod:`fedge_sim.training.pfedme`.
+    optimizer : {"sgd", "adam"}
+        What takes the steps; its state is zero where training begins.
     """
 
     lr: float
@@ -54,6 +56,7 @@ class TrainSettings:
     local_steps: int = 0
     inner_steps: int = 1
     outer_lr: float = 0.0
+    optimizer: Literal["sgd", "adam"] = "sgd"
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ def _key(network: nn.Module, tasks: Sequence[ClientTask], how: tuple[object, ...
         repr(network),
         [(name, tuple(value.shape)) for name, value in network.state_dict().items()],
         tasks[0].examples.x.shape[1:],
-        (settings.batch_size, settings.accumulation),
+        (settings.batch_size, settings.accumulation, settings.optimizer),
         how,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]

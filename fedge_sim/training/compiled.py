@@ -1,8 +1,8 @@
 """A whole training step as one compiled function, kept on disk from one run to the next.
 
-PyTorch's ahead-of-time compiler makes a library of a step: forward, backward, clipping and SGD,
-with one vector for all parameters. It takes 15 to 40 s once, in a process of its own; loading
-what it made takes milliseconds and imports no compiler.
+PyTorch's ahead-of-time compiler makes a library of a step: forward, backward, clipping, and SGD
+or Adam, with one vector for all parameters. It takes 15 to 40 s once, in a process of its own;
+loading what it made takes milliseconds and imports no compiler.
 """
 
 import hashlib
@@ -25,9 +25,10 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedge_sim.errors import CannotCompileError
-from fedge_sim.training import lowering
+from fedge_sim.training import lowering, optimizer
 from fedge_sim.training.base import TrainSettings
 from fedge_sim.training.flat import FlatNetwork
+from fedge_sim.training.optimizer import State
 
 COMPILE_SECONDS = 1200  # at most
 TOLERANCE = 1e-3  # of a loaded step against the same in plain PyTorch: it must be this network's
@@ -43,6 +44,7 @@ class StepSpec:
     batch_size : int
     momentum, weight_decay, clip_norm, label_smoothing : float
         As in :class:`TrainSettings`.
+    optimizer : {"sgd", "adam"}
     """
 
     example_shape: tuple[int, ...]
@@ -51,6 +53,7 @@ class StepSpec:
     weight_decay: float
     clip_norm: float
     label_smoothing: float
+    optimizer: str
 
     @classmethod
     def of(cls, settings: TrainSettings, example_shape: Sequence[int]) -> "StepSpec":
@@ -62,11 +65,12 @@ class StepSpec:
             settings.weight_decay,
             settings.clip_norm,
             settings.label_smoothing,
+            settings.optimizer,
         )
 
 
 class Step:
-    """One step of SGD on a batch of the full size, as a pure function of tensors.
+    """One step on a batch of the full size, as a pure function of tensors.
 
     Parameters
     ----------
@@ -82,6 +86,8 @@ class Step:
         self,
         vector: Tensor,
         momentum: Tensor,
+        square: Tensor,
+        steps: Tensor,
         start: Tensor,
         correction: Tensor,
         loss_sum: Tensor,
@@ -91,13 +97,15 @@ class Step:
         y: Tensor,
         *others: Tensor,
     ) -> None:
-        """Change vector, momentum, the sum of losses and the network's other tensors in place.
+        """Change the first four, the sum of losses and the network's other tensors in place.
 
         Parameters
         ----------
-        vector, momentum, start, correction : Tensor (P,)
-            Parameters, momentum buffer, where training started, and what is added to the
-            gradient after clipping.
+        vector, start, correction : Tensor (P,)
+            Parameters, where training started, and what is added to the gradient after
+            clipping.
+        momentum, square, steps : Tensor
+            What a :class:`State` has, of the vector.
         loss_sum : Tensor ()
             To which the losses of the batch's examples are added, without the proximal term.
         lr, prox_mu : Tensor ()
@@ -120,8 +128,11 @@ class Step:
                 norm = torch.linalg.vector_norm(gradient)
                 gradient = gradient * (spec.clip_norm / (norm + 1e-6)).clamp(max=1.0)
             gradient = gradient + correction + spec.weight_decay * vector
-            momentum.copy_(spec.momentum * momentum + gradient)
-            vector.copy_(vector - lr * momentum)
+            if spec.optimizer == "adam":
+                optimizer.adam_step(vector, gradient, lr, State(momentum, square, steps))
+            else:
+                momentum.copy_(spec.momentum * momentum + gradient)
+                vector.copy_(vector - lr * momentum)
             loss_sum.copy_(loss_sum + loss * len(y))
             for tensor, new in zip(others, changed, strict=True):
                 tensor.copy_(new)
@@ -136,9 +147,12 @@ class Step:
 
         n = like.numel()
         classes = self._classes()
+        _, square, steps = State.zero(like, spec.optimizer)
         return [
             0.1 * normal(n),
             0.01 * normal(n),
+            square + 0.01,
+            steps + 3,
             0.1 * normal(n),
             0.01 * normal(n),
             *[torch.tensor(0.1, dtype=like.dtype) for _ in range(3)],
@@ -245,7 +259,7 @@ def _sources(network: nn.Module) -> list[str]:
     classes = {type(module) for module in network.modules()} | {Step, FlatNetwork}
     own: list[Any] = [cls for cls in classes if not cls.__module__.startswith("torch.")]
     texts = set()
-    for source in (lowering, *own):
+    for source in (lowering, optimizer, *own):
         try:
             texts.add(Path(inspect.getsourcefile(source) or "").read_text(encoding="utf-8"))
         except (OSError, TypeError):  # typed in, for example

@@ -10,19 +10,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.sgd import sgd
 
 from fedge_sim.algorithms import Arrays
 from fedge_sim.data.base import Examples
 from fedge_sim.training.base import (
     ClientTask,
     ClientUpdate,
-    TrainSettings,
     epochs,
     load_arrays,
     model_arrays,
 )
 from fedge_sim.training.device import device_of
+from fedge_sim.training.optimizer import State, take_step
 from fedge_sim.training.pfedme import move_anchor
 
 
@@ -95,7 +94,7 @@ def train(model: nn.Module, task: ClientTask, autocast: torch.dtype | None = Non
     parameters = list(named.values())
     anchors = [p.detach().clone() for p in parameters]
     correction = _in_order(task.correction, model)
-    momenta: list[Tensor | None] = [None] * len(parameters)
+    state = [State.zero(p.detach(), settings.optimizer) for p in parameters]
     model.train()
     device, dtype = device_of(model), parameters[0].dtype
     steps, loss_sum, seen = 0, torch.zeros((), device=device), 0
@@ -122,7 +121,7 @@ def train(model: nn.Module, task: ClientTask, autocast: torch.dtype | None = Non
             for parameter, c in zip(parameters, correction, strict=False):
                 if parameter.grad is not None:
                     parameter.grad.add_(c)
-            _step(parameters, momenta, settings)
+            take_step(parameters, [p.grad for p in parameters], state, settings)
             steps += 1
             if settings.outer_lr > 0 and steps % settings.inner_steps == 0:
                 for parameter, anchor in zip(parameters, anchors, strict=True):
@@ -141,31 +140,6 @@ def _in_order(correction: Arrays | None, model: nn.Module) -> list[Tensor]:
         return []
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [torch.tensor(correction[name], dtype=p.dtype, device=p.device) for name, p in named]
-
-
-@torch.no_grad()
-def _step(
-    parameters: Sequence[nn.Parameter], momenta: list[Tensor | None], settings: TrainSettings
-) -> None:
-    """Do a step of SGD in place, as ``torch.optim.SGD`` does.
-
-    That class imports the compiler when it is first used: a second, in every process.
-    """
-    used = [i for i, parameter in enumerate(parameters) if parameter.grad is not None]
-    buffers = [momenta[i] for i in used]
-    sgd(
-        [parameters[i] for i in used],
-        [g for i in used if (g := parameters[i].grad) is not None],
-        buffers,
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-        dampening=0.0,
-        nesterov=False,
-        maximize=False,
-    )
-    for i, buffer in zip(used, buffers, strict=True):
-        momenta[i] = buffer
 
 
 @torch.inference_mode()

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.sgd import sgd
 
 from fedge_sim.errors import CannotCompileError
 from fedge_sim.training.base import (
@@ -24,6 +23,7 @@ from fedge_sim.training.base import (
 from fedge_sim.training.compiled import CompiledStep, StepSpec, compiled_step
 from fedge_sim.training.device import device_of
 from fedge_sim.training.flat import FlatNetwork, trained_parameters
+from fedge_sim.training.optimizer import State, take_step
 from fedge_sim.training.pfedme import move_anchor
 
 log = logging.getLogger(__name__)
@@ -122,13 +122,14 @@ class _Client:
         self.steps, self.compiled = 0, compiled
         self._flat, self._task, self._autocast = flat, task, autocast
         vector, settings = flat.vector, task.settings
-        self._anchor, self._momentum = vector.clone(), torch.zeros_like(vector)
+        self._anchor = vector.clone()
+        self._state = State.zero(vector, settings.optimizer)
         self._correction = None if task.correction is None else flat.vector_of(task.correction)
         self._loss, self._seen = vector.new_zeros(()), 0
         self._others: list[Tensor] | None = None
         fixed = torch.zeros_like(vector) if self._correction is None else self._correction
         numbers = [torch.tensor(v, dtype=vector.dtype) for v in (settings.lr, settings.prox_mu)]
-        self._arguments = [vector, self._momentum, self._anchor, fixed, self._loss, *numbers]
+        self._arguments = [vector, *self._state, self._anchor, fixed, self._loss, *numbers]
 
     def train_epoch(self, epoch: Sequence[Sequence[NDArray[np.int64]]]) -> None:
         """Do the steps of an epoch, each of one batch or of several accumulated."""
@@ -203,15 +204,4 @@ class _Client:
             gradient.mul_((settings.clip_norm / (norm + 1e-6)).clamp(max=1.0))
         if self._correction is not None:
             gradient.add_(self._correction)
-        sgd(
-            [vector],
-            [gradient],
-            [self._momentum],
-            fused=True,  # one pass over the vector
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            dampening=0.0,
-            nesterov=False,
-            maximize=False,
-        )
+        take_step([vector], [gradient], [self._state], settings, fused=True)

@@ -16,6 +16,7 @@ from torch.nn import functional
 from fedge_sim.training.base import ClientTask, TrainSettings, load_arrays
 from fedge_sim.training.flat import trained_parameters
 from fedge_sim.training.graphs import Recorder, Replayer
+from fedge_sim.training.optimizer import State, adam_step
 from fedge_sim.training.vectorised import Vectorised
 
 
@@ -131,7 +132,9 @@ class Stack:
         self._lr, self._mu = self._rates
         self.losses = vector.new_empty(clients)
         self._start = torch.empty_like(self.flat) if rule.proximal else None
-        self._momenta = torch.empty_like(self.flat) if rule.settings.momentum else None
+        optimizer = rule.settings.optimizer
+        keeps = optimizer == "adam" or rule.settings.momentum > 0
+        self._state = State.zero(self.flat, optimizer) if keeps else None
         self._corrections = torch.empty_like(self.flat) if rule.corrected else None
 
     @torch.no_grad()
@@ -150,8 +153,8 @@ class Stack:
         self.losses.zero_()
         if self._start is not None:
             self._start.copy_(self.flat)
-        if self._momenta is not None:
-            self._momenta.zero_()  # the first step's is then its gradient, as in PyTorch
+        for kept in self._state or ():
+            kept.zero_()  # SGD's momentum is then the first step's gradient, as in PyTorch
         if self._corrections is not None:
             for row, task in zip(self._corrections, tasks, strict=True):
                 row.zero_()
@@ -233,8 +236,13 @@ class Stack:
             gradient.add_(self._corrections[:n])
         if settings.weight_decay:
             gradient.add_(flat, alpha=settings.weight_decay)
-        if self._momenta is not None:
-            gradient = self._momenta[:n].mul_(settings.momentum).add_(gradient)
+        if self._state is not None:
+            # Clients that are still here all took the same number of steps.
+            state = State(self._state.momentum[:n], self._state.square[:n], self._state.steps)
+            if settings.optimizer == "adam":
+                adam_step(flat, gradient, self._lr[:n], state)
+                return
+            gradient = state.momentum.mul_(settings.momentum).add_(gradient)
         flat.addcmul_(gradient, self._lr[:n], value=-1)
 
 

@@ -1,0 +1,198 @@
+"""Knowledge distillation from several teachers, on examples that no client has (FedRevive).
+
+Askin et al. 2025 (arXiv 2511.00655). Teachers are recent client models; what is known of their
+examples is how many are of each class. K is the number of teachers, C of classes, B of a batch.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedge_sim.config_devices import FedRevive
+
+CHUNK = 256  # examples that teachers look at together
+WEIGHT_DECAY = 1e-5  # of the student, as published
+
+
+@dataclass
+class Teacher:
+    """A client's model as it came, frozen, in evaluation mode.
+
+    Attributes
+    ----------
+    network : nn.Module
+    mix : float64 array (C,)
+        Shares of the classes in the client's examples.
+    logits : Tensor (samples, C), optional
+        What it says of the samples in the pool, once it has been asked.
+    """
+
+    network: nn.Module
+    mix: NDArray[np.float64]
+    logits: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a student learns from.
+
+    Attributes
+    ----------
+    x : Tensor (n, *shape)
+    targets : Tensor (n, C)
+        The teachers' softened probabilities.
+    rows : int64 array (steps, batch)
+        Which of the n examples each step's batch is made of.
+    """
+
+    x: Tensor
+    targets: Tensor
+    rows: NDArray[np.int64]
+
+
+class Source(Protocol):
+    """Where the examples come from that are distilled on."""
+
+    def prepare(
+        self,
+        teachers: Sequence[Teacher],
+        student: nn.Module,
+        random: np.random.Generator,
+        adversarial: bool,
+    ) -> None:
+        """Get ready for a lesson, and learn; ``student`` is the server's model, frozen."""
+
+    def lesson(self, teachers: Sequence[Teacher], random: np.random.Generator) -> Lesson:
+        """Draw the batches of all steps, and ask the teachers about them."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what it remembers, as a tree that a checkpoint can hold."""
+
+    def restore(self, state: Any) -> None:
+        """Remember what another one of the same settings did: :meth:`state`."""
+
+
+def class_mix(counts: Iterable[int]) -> NDArray[np.float64]:
+    """Return the share of each class (C,) from numbers of examples, not all 0."""
+    values = np.asarray(tuple(counts), np.float64)
+    return np.asarray(values / values.sum())
+
+
+def teacher_weights(teachers: Sequence[Teacher]) -> Tensor:
+    """Return w_k(j) = q_k(j) / sum_t q_t(j) (K, C), float32: who knows class j, and how well.
+
+    The weights of a class that no teacher knows are equal.
+    """
+    mixes = np.stack([teacher.mix for teacher in teachers])
+    known = mixes.sum(axis=0)
+    weights = np.where(known > 0, mixes / np.where(known > 0, known, 1.0), 1.0 / len(teachers))
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def answers(network: nn.Module, x: Tensor) -> Tensor:
+    """Return a frozen network's logits (n, C), chunk by chunk."""
+    return torch.cat([network(part) for part in x.split(CHUNK)])
+
+
+def rows_by_class(
+    labels: NDArray[np.int64],
+    mix: NDArray[np.float64],
+    size: tuple[int, ...],
+    random: np.random.Generator,
+) -> NDArray[np.int64]:
+    """Draw samples whose classes follow a mix, each of its class as likely as another.
+
+    Parameters
+    ----------
+    labels : int64 array (n,)
+        Of all samples, n at least 1.
+    mix : float64 array (C,)
+        Shares of the classes. In place of a class without a sample, any sample is drawn.
+    size : tuple of int
+        Of what is returned.
+    random : numpy Generator
+    """
+    by_class = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels, minlength=len(mix))
+    first = np.cumsum(counts) - counts
+    wanted = random.choice(len(mix), size, p=mix)
+    absent = counts[wanted] == 0
+    choices = np.where(absent, len(labels), counts[wanted])
+    return by_class[np.where(absent, 0, first[wanted]) + random.integers(choices)]
+
+
+def distil(student: nn.Module, lesson: Lesson, settings: FedRevive) -> int:
+    """Train a student on a lesson, in place, and return how many steps were skipped.
+
+    The loss is the mean of T^2 KL(teachers || student), both softened by the temperature T
+    (Hinton et al. 2015); the optimiser is Adam. A step is skipped if its loss or its gradient is
+    not finite. BatchNorm normalises by the batch.
+    """
+    parameters = list(student.parameters())
+    adam = torch.optim.Adam(parameters, lr=settings.kd_lr, weight_decay=WEIGHT_DECAY)
+    student.train()
+    skipped = 0
+    for batch in lesson.rows:
+        rows = torch.from_numpy(batch).to(lesson.x.device)
+        logits = functional.log_softmax(student(lesson.x[rows]) / settings.temperature, 1)
+        loss = functional.kl_div(logits, lesson.targets[rows], reduction="batchmean")
+        adam.zero_grad()
+        (settings.temperature**2 * loss).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if torch.isfinite(loss) and torch.isfinite(norm):
+            adam.step()
+        else:
+            skipped += 1
+    return skipped
+
+
+class Unlabelled:
+    """Examples of nobody in particular, without labels: FedRevive's light variant.
+
+    Parameters
+    ----------
+    x : float32 array (n, *shape)
+        Standardised as the clients' examples are.
+    settings : FedRevive
+    device : torch.device
+    """
+
+    def __init__(self, x: NDArray[np.float32], settings: FedRevive, device: torch.device) -> None:
+        self._x = x
+        self._settings = settings
+        self._device = device
+
+    def prepare(
+        self,
+        teachers: Sequence[Teacher],
+        student: nn.Module,
+        random: np.random.Generator,
+        adversarial: bool,
+    ) -> None:
+        """Do nothing: the examples are there."""
+
+    @torch.no_grad()
+    def lesson(self, teachers: Sequence[Teacher], random: np.random.Generator) -> Lesson:
+        """Draw batches uniformly; the target is the plain mean, as there is no label."""
+        s = self._settings
+        drawn = random.integers(len(self._x), size=(s.kd_steps, len(teachers) * s.kd_batch_size))
+        used, rows = np.unique(drawn, return_inverse=True)  # asked about once
+        x = torch.from_numpy(self._x[used]).to(self._device)
+        each = [functional.softmax(answers(t.network, x) / s.temperature, 1) for t in teachers]
+        return Lesson(x, torch.stack(each).mean(0), rows.reshape(drawn.shape))
+
+    def state(self) -> dict[str, Any]:
+        """Return nothing."""
+        return {}
+
+    def restore(self, state: Any) -> None:
+        """Do nothing."""

@@ -1,0 +1,230 @@
+"""Samples that are made up so that teachers are sure of them, and a generator that learns to.
+
+Each time a copy of the generator is trained for a few steps, together with its noise, and the
+generator moves towards it: fast meta-learned synthesis (Fang et al. 2022) by Reptile (Nichol et
+al. 2018). K is the number of teachers, C of classes, B of a batch.
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedge_sim.algorithms.distillation import (
+    Lesson,
+    Teacher,
+    answers,
+    rows_by_class,
+    teacher_weights,
+)
+from fedge_sim.algorithms.generator import Generator
+from fedge_sim.algorithms.personal import NORMS
+from fedge_sim.config_devices import FedRevive
+
+BETAS = (0.5, 0.999)  # of Adam, for the generator, its copies and the noise
+
+
+@contextmanager
+def batch_norm_gaps(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect, in a forward pass, how far each BatchNorm's input is from what it has seen.
+
+    A gap is ||mean - running mean||_2 + ||variance - running variance||_2 (Yin et al. 2020, eq. 4).
+    """
+    gaps: list[Tensor] = []
+
+    def compare(layer: Any, inputs: tuple[Tensor, ...]) -> None:
+        axes = [0, *range(2, inputs[0].dim())]
+        variance, mean = torch.var_mean(inputs[0], axes, correction=0)
+        gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+
+    hooks = [
+        layer.register_forward_pre_hook(compare)
+        for layer in network.modules()
+        if isinstance(layer, NORMS) and layer.running_mean is not None
+    ]
+    try:
+        yield gaps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def synthesis_loss(
+    x: Tensor,
+    labels: Tensor,
+    teachers: Sequence[Teacher],
+    student: nn.Module | None,
+    settings: FedRevive,
+) -> tuple[Tensor, Tensor]:
+    """Return how unlike a good batch of samples x is, and the teachers' logits (K, B, C).
+
+    With w_k(y) of :func:`teacher_weights`, the mean over the batch of ``one_hot`` times
+    sum_k w_k(y) CE(teacher_k(x), y); ``batch_norm`` times the gaps of all teachers' BatchNorm
+    layers, each by its mean w_k; less ``adversarial`` times sum_k w_k(y) KL(teacher_k || student)
+    where both say the same class, as there a student can still learn (Askin et al. 2025).
+
+    Parameters
+    ----------
+    x : Tensor (B, *shape)
+    labels : int64 Tensor (B,)
+    teachers : sequence of Teacher
+    student : nn.Module, optional
+        In evaluation mode; None leaves the last term out.
+    settings : FedRevive
+    """
+    logits, gaps = [], []
+    for teacher in teachers:
+        with batch_norm_gaps(teacher.network) as own:
+            logits.append(teacher.network(x))
+        gaps.append(torch.stack(own).sum() if own else x.new_zeros(()))
+    logits_KBC = torch.stack(logits)
+    weights_KB = teacher_weights(teachers).to(x.device)[:, labels]
+    log_p_KBC = functional.log_softmax(logits_KBC, 2)
+    entropy_KB = -log_p_KBC.gather(2, labels.expand(len(teachers), -1)[..., None])[..., 0]
+    loss = settings.one_hot * (weights_KB * entropy_KB).sum(0).mean()
+    loss = loss + settings.batch_norm * (weights_KB.mean(1) * torch.stack(gaps)).sum()
+    if student is not None:
+        logits_BC = student(x)
+        gain_KB = (log_p_KBC.exp() * (log_p_KBC - functional.log_softmax(logits_BC, 1))).sum(2)
+        agree_KB = logits_KBC.argmax(2) == logits_BC.argmax(1)
+        loss = loss - settings.adversarial * (weights_KB * gain_KB * agree_KB).sum(0).mean()
+    return loss, logits_KBC.detach()
+
+
+class Synthesiser:
+    """A generator, and the pool of the newest samples that copies of it have made.
+
+    Parameters
+    ----------
+    generator : Generator
+        It is trained in place.
+    settings : FedRevive
+    """
+
+    def __init__(self, generator: Generator, settings: FedRevive) -> None:
+        self.generator = generator.train()
+        self._settings = settings
+        self._adam = torch.optim.Adam(generator.parameters(), settings.generator_lr, BETAS)
+        self._device = next(generator.parameters()).device
+        self.x = torch.empty((0, *generator.example_shape), device=self._device)
+        self.labels = np.empty(0, np.int64)
+
+    def prepare(
+        self,
+        teachers: Sequence[Teacher],
+        student: nn.Module,
+        random: np.random.Generator,
+        adversarial: bool,
+    ) -> None:
+        """Make a batch of samples for the pool, and let the generator learn from it."""
+        s = self._settings
+        mix = np.mean([teacher.mix for teacher in teachers], axis=0)
+        labels = random.choice(len(mix), s.synthesis_batch_size, p=mix / mix.sum())
+        y = torch.from_numpy(labels).to(self._device)
+        noise = [self._noise(random, n) for n in (s.synthesis_batch_size, len(mix))]
+        clone = copy.deepcopy(self.generator)
+        own: list[dict[str, Any]] = [
+            {"params": list(clone.parameters())},
+            {"params": noise, "lr": s.noise_lr},
+        ]
+        adam = torch.optim.Adam(own, s.generator_lr, BETAS)
+        lowest, best = float("inf"), None
+        for _ in range(s.generator_steps):
+            x = clone(noise[0] + noise[1][y])
+            loss, logits = synthesis_loss(x, y, teachers, student if adversarial else None, s)
+            if not torch.isfinite(loss):
+                break  # so would be all that follows
+            if loss.item() < lowest:
+                lowest, best = loss.item(), (x.detach(), logits)
+            adam.zero_grad()
+            loss.backward()
+            adam.step()
+        if best is not None:
+            self._keep(best[0], labels, teachers, best[1])
+            self._move_towards(clone)
+
+    def _noise(self, random: np.random.Generator, number: int) -> Tensor:
+        values = random.standard_normal((number, self._settings.noise_size), np.float32)
+        return torch.from_numpy(values).to(self._device).requires_grad_()
+
+    def _keep(
+        self, x: Tensor, labels: Any, teachers: Sequence[Teacher], logits_KBC: Tensor
+    ) -> None:
+        newest = slice(-self._settings.max_samples, None)
+        self.x = torch.cat([self.x, x.contiguous()])[newest]  # in the layout of a checkpoint
+        self.labels = np.concatenate([self.labels, labels])[newest]
+        for teacher, logits in zip(teachers, logits_KBC, strict=True):
+            if teacher.logits is not None:
+                teacher.logits = torch.cat([teacher.logits, logits])[newest]
+
+    def _move_towards(self, clone: Generator) -> None:
+        """Take a step of Reptile: Adam on the gradient theta - theta of the copy."""
+        pairs = list(zip(self.generator.parameters(), clone.parameters(), strict=True))
+        if not all(torch.isfinite(there).all() for _, there in pairs):
+            return
+        for here, there in pairs:
+            here.grad = here.detach() - there.detach()
+        self._adam.step()
+
+    @torch.no_grad()
+    def lesson(self, teachers: Sequence[Teacher], random: np.random.Generator) -> Lesson:
+        """Draw each teacher's batches by its mix of classes; the target weighs teachers by class.
+
+        A teacher sees each sample of the pool once, and its answer is kept: the pool is larger
+        than what is drawn from it, and most of its samples are drawn again.
+        """
+        s = self._settings
+        size = (s.kd_steps, s.kd_batch_size)
+        if not len(self.labels):
+            empty = self.x.new_empty((0, len(teachers[0].mix)))
+            return Lesson(self.x, empty, np.empty((0, 0), np.int64))
+        drawn = [rows_by_class(self.labels, teacher.mix, size, random) for teacher in teachers]
+        weights_KC = teacher_weights(teachers).to(self._device)
+        labels = torch.from_numpy(self.labels).to(self._device)
+        targets = torch.zeros((len(self.labels), weights_KC.shape[1]), device=self._device)
+        for teacher, weights in zip(teachers, weights_KC, strict=True):
+            if teacher.logits is None:
+                teacher.logits = answers(teacher.network, self.x)
+            softened = functional.softmax(teacher.logits / s.temperature, 1)
+            targets += weights[labels, None] * softened
+        return Lesson(self.x, targets, np.concatenate(drawn, axis=1))
+
+    def state(self) -> dict[str, Any]:
+        """Return generator, its optimiser and the pool, as a tree that a checkpoint can hold."""
+        adam = self._adam.state_dict()["state"]
+        return {
+            "generator": [p.detach().cpu().numpy().copy() for p in self.generator.parameters()],
+            "adam": [
+                {name: value.cpu().numpy().copy() for name, value in adam[i].items()}
+                for i in range(len(adam))
+            ],
+            "x": self.x.cpu().numpy().copy(),
+            "labels": self.labels,
+        }
+
+    @torch.no_grad()
+    def restore(self, state: Any) -> None:
+        """Remember what another one of the same settings did: :meth:`state`."""
+        for parameter, array in zip(self.generator.parameters(), state["generator"], strict=True):
+            parameter.copy_(torch.tensor(array))
+        both = zip(state["adam"], self.generator.parameters(), strict=False)  # none before a step
+        moments = {
+            i: {name: _like(parameter, array) for name, array in own.items()}
+            for i, (own, parameter) in enumerate(both)
+        }
+        groups = self._adam.state_dict()["param_groups"]
+        self._adam.load_state_dict({"state": moments, "param_groups": groups})
+        self.x = torch.tensor(state["x"]).to(self._device)
+        self.labels = np.array(state["labels"])
+
+
+def _like(parameter: Tensor, array: NDArray[Any]) -> Tensor:
+    """Return a value of Adam's as it was: in the parameter's layout, or the number of steps."""
+    value = torch.tensor(array)
+    return torch.empty_like(parameter).copy_(value) if array.ndim else value

@@ -1,0 +1,231 @@
+"""The real work behind a timeline: trainings that go on in parallel, before they are needed.
+
+A job can be trained from the moment it is dispatched, as its start version is made by then; its
+update is needed when the server takes it in. So a result depends on nothing but the job.
+"""
+
+import heapq
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeAlias
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from flwr.serverapp import Grid
+
+from fedge_sim import records
+from fedge_sim.algorithms import Arrays
+from fedge_sim.config import Settings
+from fedge_sim.errors import RoundError
+from fedge_sim.records import Address
+from fedge_sim.runtime.node import LocalGrid
+from fedge_sim.runtime.rounds import Job
+from fedge_sim.training.local import Evaluation, pool
+
+TURN_SECONDS = 0.5  # to wait for a reply at a time
+POLL_SECONDS = 0.05  # between two looks at a grid of Flower's
+WAVES = 4  # trained ahead, in what all workers train at a time
+SHARD = 1024  # held-out examples in one message: workers share an evaluation
+
+Take: TypeAlias = Callable[[Message], None]
+
+
+class Exchange:
+    """Messages on their way over a grid, and who takes the reply to each."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._takers: dict[str, Take] = {}
+
+    def send(self, messages: Sequence[tuple[Message, Take]]) -> None:
+        """Send messages, each with what is called with its reply, within :meth:`turn`."""
+        ids = self._grid.push_messages([message for message, _ in messages])
+        self._takers.update(zip(ids, (take for _, take in messages), strict=True))
+
+    def turn(self) -> None:
+        """Wait a little for replies, and hand out those that came."""
+        if isinstance(self._grid, LocalGrid):
+            self._grid.wait(TURN_SECONDS)
+        else:
+            time.sleep(POLL_SECONDS)
+        for reply in self._grid.pull_messages(list(self._takers)):
+            self._takers.pop(reply.metadata.reply_to_message_id)(reply)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A version of a server's model: it lives for as long as a job or a server has it."""
+
+    arrays: Arrays
+
+    @cached_property
+    def record(self) -> ArrayRecord:
+        """As it is sent."""
+        return records.to_record(self.arrays)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What came of a job.
+
+    Attributes
+    ----------
+    start : Start
+        The version that it began with.
+    reply : Message
+        The client's; of an error, if it failed for good.
+    """
+
+    start: Start
+    reply: Message
+
+
+class Trainings:
+    """The trainings of a run, each begun as early as the grid has room for it.
+
+    Parameters
+    ----------
+    exchange : Exchange
+    settings : Settings
+    roster : mapping of int to int
+        The node of every client.
+    work : callable
+        From a client to the examples that it goes through in a job.
+    at_a_time : int
+        Clients that all workers of the grid train at once.
+    ahead : int, optional
+        Updates that may be there or under way before they are needed, at most; 0 is strictly
+        sequential. None: a few times ``at_a_time``.
+    in_waves : bool
+        Whether to begin trainings only when none is under way. Cohorts need it: then who trains
+        together, and with it the last bits, do not depend on how fast others were.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        settings: Settings,
+        roster: Mapping[int, int],
+        work: Callable[[int], int],
+        at_a_time: int,
+        ahead: int | None = None,
+        in_waves: bool = False,
+    ) -> None:
+        self._exchange, self._settings, self._roster, self._work = exchange, settings, roster, work
+        self._ahead = WAVES * at_a_time if ahead is None else ahead
+        self._in_waves, self._wave = in_waves, at_a_time if ahead is None else max(1, ahead)
+        self._ready: list[tuple[float, int, Job, Start]] = []  # a heap, by arrival
+        self._under_way: dict[int, Start] = {}  # by the job's number
+        self._done: dict[int, Trained] = {}
+
+    def begin(self, jobs: Iterable[Job], start: Start) -> None:
+        """Let jobs be trained whose update will arrive; who is lost costs no real work."""
+        for job in jobs:
+            if job.fate == "update":
+                heapq.heappush(self._ready, (job.ended, job.number, job, start))
+        self._fill()
+
+    def result(self, job: Job) -> Trained:
+        """Return what came of a job, once; wait for it if need be."""
+        while job.number not in self._done:
+            if self._in_waves and not self._under_way:
+                self._push(self._wave, job)
+            elif not self._in_waves and job.number not in self._under_way:
+                self._push(0, job)
+            self._exchange.turn()
+            self._fill()
+        return self._done.pop(job.number)
+
+    def drop(self, server: int) -> None:
+        """Forget the jobs of a server that makes no version any more."""
+        self._ready = [entry for entry in self._ready if entry[2].server != server]
+        heapq.heapify(self._ready)
+
+    def _fill(self) -> None:
+        if not self._in_waves:
+            self._push(self._ahead - len(self._under_way) - len(self._done))
+
+    def _push(self, number: int, needed: Job | None = None) -> None:
+        """Begin so many trainings, those that arrive first, and more until the needed one is."""
+        messages: list[tuple[Message, Take]] = []
+        found = needed is None
+        while self._ready and (len(messages) < number or not found):
+            _, _, job, start = heapq.heappop(self._ready)
+            found = found or job is needed
+            self._under_way[job.number] = start
+            messages.append((self._message(job, start), partial(self._take, job.number)))
+        if messages:
+            self._exchange.send(messages)
+
+    def _message(self, job: Job, start: Start) -> Message:
+        h = self._settings.hierarchy
+        config = records.train_config(self._settings, h.learning_rate(job.version + 1), h.prox_mu)
+        config[records.ROUND] = 1  # one round for all: what a worker trains with is kept
+        config[records.JOB], config[records.CLIENT_ID] = job.number, job.client
+        config[records.WORK] = self._work(job.client)
+        address = Address(records.TRAIN, job.leaf, job.client)
+        node = self._roster[job.client]
+        return records.instruction(node, MessageType.TRAIN, config, start.record, address)
+
+    def _take(self, number: int, reply: Message) -> None:
+        self._done[number] = Trained(self._under_way.pop(number), reply)
+
+
+class HeldOutTest:
+    """The evaluation of one model on examples that no client trains on.
+
+    Parameters
+    ----------
+    exchange : Exchange
+    settings : Settings
+    roster : mapping of int to int
+        The node of every client.
+    model : Start
+    leaf : int
+        Whose held-out examples; -1: all.
+    num_examples : int
+        How many these are.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        settings: Settings,
+        roster: Mapping[int, int],
+        model: Start,
+        leaf: int,
+        num_examples: int,
+    ) -> None:
+        self._exchange = exchange
+        self._shards = max(1, -(-num_examples // SHARD))
+        self._results: dict[int, Evaluation] = {}
+        common = records.evaluate_config(settings, records.HELD_OUT, [records.HELD_OUT])
+        common[records.SHARDS], common[records.LEAF_ID] = self._shards, leaf
+        common[records.WORK] = -(-num_examples // self._shards)
+        messages: list[tuple[Message, Take]] = []
+        for shard in range(self._shards):
+            config = ConfigRecord({**common, records.CLIENT_ID: shard})
+            address = Address(records.HELD_OUT, leaf, shard)
+            node = roster[shard % len(roster)]
+            message = records.instruction(node, MessageType.EVALUATE, config, model.record, address)
+            messages.append((message, partial(self._take, shard)))
+        exchange.send(messages)
+
+    def result(self) -> Evaluation:
+        """Return the evaluation on all of them; wait for it if need be.
+
+        Raises
+        ------
+        RoundError
+            If a part could not be evaluated.
+        """
+        while len(self._results) < self._shards:
+            self._exchange.turn()
+        return pool(self._results[shard] for shard in range(self._shards))
+
+    def _take(self, shard: int, reply: Message) -> None:
+        if not reply.has_content():
+            reason = reply.error.reason
+            raise RoundError(f"a model cannot be evaluated on held-out examples: {reason}")
+        self._results[shard] = records.get_evaluations(reply)[records.HELD_OUT]

@@ -1,0 +1,120 @@
+"""Rounds of all clients on the virtual clock: how long they last, and who is lost."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from fedge_sim import client_app, records
+from fedge_sim.errors import ConfigError
+from fedge_sim.orchestrator import Orchestrator
+from fedge_sim.runtime.in_process import InProcessGrid
+from tests.conftest import Keep, run, same_models
+
+CLOCK = [
+    "devices.enable=true",
+    'devices.device_speed={distribution="constant", mean=2.0}',
+    'devices.communication_delay={distribution="constant", mean=0.5}',
+]
+
+
+def rounds(settings, app=client_app.app):
+    keep = Keep()
+    with InProcessGrid(app, 2, settings.runtime) as grid:
+        Orchestrator(settings, grid, [keep]).run()
+    return keep.records
+
+
+def test_a_round_lasts_as_long_as_its_slowest_client(small):
+    told = rounds(
+        small(*CLOCK, "hierarchy.global_rounds=2", "hierarchy.server_rounds_per_global=2")
+    )
+    assert [r.simulated_seconds for r in told] == [5.0, 10.0]  # two server rounds of 2.5
+    assert {c.simulated_seconds for r in told for c in r.clients} == {5.0}
+    assert {c.fate for r in told for c in r.clients} == {"update"}
+
+
+def test_bytes_take_time_on_both_links(small):
+    size = rounds(small("hierarchy.global_rounds=1"))[0].clients[0].bytes_down
+    links = [
+        f"devices.client_leaf_bandwidth={{down={size / 4.0}, up={size / 8.0}}}",
+        f"devices.leaf_cloud_bandwidth={{down={size / 16.0}, up={size / 32.0}}}",
+    ]
+    [told] = rounds(small(*CLOCK, *links, "hierarchy.global_rounds=1"))
+    assert told.simulated_seconds == pytest.approx(2.5 + 4 + 8 + 16 + 32)
+
+
+def test_a_job_takes_so_long_a_step(small):
+    per_step = [*CLOCK, 'devices.device_speed_per="step"', "devices.local_iters=3"]
+    [told] = rounds(small(*per_step, "hierarchy.global_rounds=1"))
+    assert told.simulated_seconds == 2.0 * 3 + 0.5
+    by_epochs = [*CLOCK, 'devices.device_speed_per="step"', "hierarchy.local_epochs=2"]
+    [told] = rounds(small(*by_epochs, "hierarchy.global_rounds=1"))
+    most = max(client.num_train for client in told.clients)
+    assert told.simulated_seconds == pytest.approx(2.0 * 2 * -(-most // 32) + 0.5)
+
+
+def test_the_clock_changes_nothing_but_the_time(small):
+    plain = run(small("hierarchy.global_rounds=2"), []).last
+    for scale in (1.0, 10.0):
+        speed = f'{{distribution="exponential", mean=[{scale}, {3 * scale}]}}'
+        on_clock = run(
+            small(
+                *(*CLOCK, "hierarchy.global_rounds=2", f"devices.device_speed={speed}"),
+                f'devices.communication_delay={{distribution="constant", mean={0.1 * scale}}}',
+                *("devices.job_timeout=0.0", "devices.update_timeout=0.0"),
+            ),
+            [],
+        ).last
+        assert same_models(plain, on_clock)
+        if scale == 1.0:
+            once = on_clock.simulated_seconds
+    assert on_clock.simulated_seconds == pytest.approx(10 * once)
+    assert np.isnan(plain.simulated_seconds)
+
+
+def test_stragglers_are_dropped_and_counted_and_cost_no_real_work(small):
+    trained = []
+
+    def app(message, context):
+        if message.metadata.message_type == "train":
+            config = records.config_of(message)
+            trained.append((config[records.ROUND], config[records.CLIENT_ID]))
+        return client_app.app(message, context)
+
+    settings = small(
+        *(*CLOCK, "hierarchy.global_rounds=4", "devices.job_timeout=3.0"),
+        'devices.device_speed={distribution="exponential", mean=2.0}',
+    )
+    told = rounds(settings, app)
+    lost = {(r.global_round, c.client) for r in told for c in r.clients if c.lost}
+    late = {c.fate for r in told for c in r.clients if c.lost}
+    everyone = {(r.global_round, c.client) for r in told for c in r.clients}
+    assert late == {"timed out"}
+    assert set(trained) == everyone - lost
+    times = np.diff([0.0, *(r.simulated_seconds for r in told)])
+    assert all(times <= 3.0)
+    assert any(times == 3.0)
+
+
+def test_over_selection_keeps_those_that_come_first(small):
+    chosen = [*CLOCK, "hierarchy.participation=0.34", "devices.over_selection=2.0"]
+    random = 'devices.device_speed={distribution="exponential", mean=2.0}'
+    told = rounds(small(*chosen, random, "hierarchy.global_rounds=3"))
+    for record in told:
+        for leaf in record.leaves:
+            fates = sorted(c.fate for c in leaf.clients)
+            assert fates == ["too late", "too late", "update"]
+    with pytest.raises(ConfigError, match="over_selection"):
+        small(*CLOCK, "devices.over_selection=0.5")
+
+
+def test_simulated_seconds_stand_beside_every_round(small, tmp_path):
+    settings = small(*CLOCK, "hierarchy.global_rounds=2")
+    folder = run(settings).folder
+    tables = sorted((folder / "metrics" / f"seed_{settings.seed}").glob("*.csv"))
+    assert len(tables) == 6
+    for table in tables:
+        with table.open(newline="") as file:
+            found = {(row["round"], row["simulated_seconds"]) for row in csv.DictReader(file)}
+        assert found == {("1", "2.5"), ("2", "5.0")}

@@ -1,0 +1,352 @@
+"""Runs of versions: the real loop, over real grids, against strictly sequential processing."""
+
+import gc
+import json
+import subprocess
+import sys
+
+import numpy as np
+import polars as pl
+import psutil
+import pytest
+from flwr.app import MetricRecord
+
+from fedge_sim import client_app, device_run, records
+from fedge_sim.config import load_settings
+from fedge_sim.device_run import DeviceRun
+from fedge_sim.errors import CheckpointError, RoundError
+from fedge_sim.orchestrator import resume
+from fedge_sim.reporting.base import Callback
+from fedge_sim.reporting.stopping import TargetAccuracy
+from fedge_sim.reporting.versions import VersionWriter
+from fedge_sim.reporting.weights import WeightWriter
+from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.runtime.trainings import Start
+from tests.conftest import clean_environment, ray_grid
+
+DEVICES = [
+    *("app.config.dataset=digits", "app.config.num-classes=10", "app.config.model=mlp"),
+    *("app.config.partition=dirichlet", "hierarchy.num_servers=2", "hierarchy.prox_mu=0.0"),
+    *("hierarchy.server_lr=0.5", "cloud_cluster.enable=false", "runtime.training=single"),
+    *("runtime.compile=false", "devices.enable=true", "devices.devices_per_leaf=20"),
+    *("devices.subset_size=40", "devices.local_iters=3", "devices.device_selection_size=8"),
+    *("devices.num_updates_for_model=2", "devices.max_model_version=8"),
+    'devices.device_speed={distribution="exponential", mean=[1.0, 3.0]}',
+    "devices.communication_delay={mean=0.1, std=0.02}",
+]
+REVIVE = [
+    *("fedrevive.freeze_versions=1", "fedrevive.warmup_versions=2", "fedrevive.generator_steps=2"),
+    *("fedrevive.generator_width=4", "fedrevive.synthesis_batch_size=8", "fedrevive.kd_steps=2"),
+    *("fedrevive.kd_batch_size=8", "fedrevive.noise_size=8", "asynchronous.beta_factor=2.0"),
+]
+RULES = {
+    "fedavg": ["asynchronous.rule=fedavg", "devices.num_updates_for_model=0"],
+    "fedasync": [
+        *("asynchronous.rule=fedasync", "asynchronous.staleness=polynomial"),
+        *("devices.num_updates_for_model=1", "hierarchy.server_lr=1.0"),
+    ],
+    "fedbuff": ["asynchronous.rule=fedbuff"],
+    "downweight": ["asynchronous.rule=downweight", "asynchronous.beta_factor=2.0"],
+    "fedrevive": ["asynchronous.rule=fedrevive", *REVIVE],
+    "leaf": [
+        *("asynchronous.rule=fedbuff", "asynchronous.server=leaf", "asynchronous.cloud_versions=3"),
+        "devices.leaf_cloud_bandwidth={down=1e5, up=1e5}",
+    ],
+}
+
+
+class Models(Callback):
+    """Keeps what a run tells, and the newest model of each server at each version."""
+
+    def __init__(self):
+        self.versions, self.held_out, self.steps = [], [], []
+
+    def on_version(self, record):
+        self.versions.append(record)
+
+    def on_held_out(self, record):
+        self.held_out.append(record)
+
+    def on_cloud_step(self, event, state):
+        self.steps.append((event, state))
+
+
+@pytest.fixture
+def settings(tmp_path):
+    def make(*assignments):
+        output = f"app.config.output-dir={tmp_path / 'results'}"
+        return load_settings(assignments=[output, *DEVICES, *assignments])
+
+    return make
+
+
+def follow(
+    settings, workers=2, ahead=None, cohort=1, app=client_app.app, callbacks=(), folder=None
+):
+    """Run in this process; return what was told and the servers' last models."""
+    told = Models()
+    together = client_app.answer_together if cohort > 1 else None
+    with InProcessGrid(
+        app, workers, settings.runtime, together=together, cohort_size=cohort
+    ) as grid:
+        run = DeviceRun(settings, grid, [told, *callbacks], folder, ahead)
+        run.run()
+    return told, [server.model.arrays for server in run._servers]
+
+
+def same(a, b):
+    return all(
+        {n: x.tobytes() for n, x in one.items()} == {n: x.tobytes() for n, x in other.items()}
+        for one, other in zip(a, b, strict=True)
+    )
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_parallel_is_strictly_sequential_to_the_last_byte(settings, rule):
+    made = settings(*RULES[rule])
+    one, one_models = follow(made, workers=1, ahead=0)
+    two, two_models = follow(made, workers=2)
+    assert same(one_models, two_models)
+    assert [r.event for r in one.versions] == [r.event for r in two.versions]
+    assert [r.train_loss for r in one.versions] == [r.train_loss for r in two.versions]
+    assert [h.test for h in one.held_out] == [h.test for h in two.held_out]
+    stale = [r.event.version - 1 - j.version for r in one.versions for j in r.event.jobs]
+    assert (max(stale) > 0) == (rule != "fedavg")
+
+
+@pytest.mark.parametrize("rule", ["fedbuff", "fedavg"])
+def test_cohorts_are_sequential_to_1e_5_and_the_same_each_time(settings, rule):
+    made = settings(*RULES[rule], "runtime.training=cohort", "runtime.cohort_size=4")
+    alone = settings(*RULES[rule])
+    _, one = follow(alone, workers=1, ahead=0)
+    _, cohorts = follow(made, workers=2, cohort=4)
+    _, again = follow(made, workers=2, cohort=4)
+    assert same(cohorts, again)
+    for name, array in one[0].items():
+        np.testing.assert_allclose(cohorts[0][name], array, atol=1e-5)
+
+
+def test_actors_do_as_threads_do(settings, start_ray):
+    made = settings(*RULES["fedbuff"], "runtime.num_workers=2", "runtime.backend=ray")
+    _, here = follow(made)
+    with start_ray(num_cpus=2), ray_grid(made) as grid:
+        run = DeviceRun(grid.settings, grid)
+        run.run()
+    assert same(here, [server.model.arrays for server in run._servers])
+
+
+def test_slower_devices_take_simulated_time_and_change_nothing_else(settings):
+    fast, one = follow(settings(*RULES["fedbuff"], "devices.job_timeout=0.0"))
+    slower = [
+        'devices.device_speed={distribution="exponential", mean=[10.0, 30.0]}',
+        "devices.communication_delay={mean=1.0, std=0.2}",
+        *("devices.job_timeout=0.0", "devices.update_timeout=5000.0"),
+    ]
+    slow, ten = follow(settings(*RULES["fedbuff"], *slower))
+    assert same(one, ten)
+    times = [np.array([r.event.time for r in told.versions]) for told in (fast, slow)]
+    np.testing.assert_allclose(times[1], 10 * times[0])
+
+
+def test_equal_devices_that_all_wait_are_fedavg(settings):
+    """FedBuff of as many updates as there are devices at work, all of one version."""
+    equal = [
+        *(
+            'devices.device_speed={distribution="constant", mean=1.0}',
+            "devices.max_model_version=3",
+        ),
+        "devices.communication_delay={}",
+    ]
+    whole = ["devices.num_updates_for_model=8", "devices.min_hole_to_fill=8"]
+    buffered, one = follow(settings(*RULES["fedbuff"], *equal, *whole))
+    rounds, two = follow(settings(*RULES["fedavg"], *equal))
+    assert [r.event.time for r in buffered.versions] == [1.0, 2.0, 3.0]
+    assert [r.event.time for r in rounds.versions] == [1.0, 2.0, 3.0]
+    clients = [{j.client for r in t.versions for j in r.event.jobs} for t in (buffered, rounds)]
+    assert clients[0] == clients[1]
+    for name, array in one[0].items():
+        np.testing.assert_allclose(two[0][name], array, atol=1e-6)
+
+
+def test_lost_jobs_cost_no_real_work(settings):
+    trained = []
+
+    def app(message, context):
+        if message.metadata.message_type == "train":
+            trained.append(records.config_of(message)[records.JOB])
+        return client_app.app(message, context)
+
+    told, _ = follow(
+        settings(*RULES["fedavg"], "devices.dropout=0.3", "devices.over_selection=0.5"),
+        app=app,
+    )
+    lost = {job.number for r in told.versions for job in r.event.lost}
+    came = {job.number for r in told.versions for job in r.event.jobs}
+    fates = {job.fate for r in told.versions for job in r.event.lost}
+    assert {"dropped out", "too late"} <= fates
+    assert set(trained) == came
+    assert not lost & came
+
+
+def test_a_device_that_fails_is_left_out_by_name(settings, caplog):
+    victims = {0, 3}
+
+    def app(message, context):
+        config = records.config_of(message)
+        if config.get(records.JOB) in victims:
+            raise RuntimeError("broken")
+        return client_app.app(message, context)
+
+    made = settings(*RULES["fedbuff"], "runtime.max_retries=0")
+    told, models = follow(made, app=app)
+    assert len(told.versions) == 8
+    assert told.held_out[-1].updates == 14
+    assert "left out: RuntimeError: broken" in caplog.text
+    assert all(np.isfinite(a).all() for a in models[0].values())
+
+
+def test_devices_that_all_fail_end_the_run(settings):
+    def app(message, context):
+        if records.JOB in records.config_of(message):
+            raise RuntimeError("broken")
+        return client_app.app(message, context)
+
+    with pytest.raises(RoundError, match=r"8 devices one after the other .* RuntimeError: broken"):
+        follow(settings(*RULES["fedbuff"], "runtime.max_retries=0"), app=app)
+
+
+def test_a_target_ends_a_run_at_the_same_version_however_it_is_carried_out(settings):
+    made = settings(
+        *RULES["fedbuff"], "hierarchy.target_accuracy=0.2", "devices.max_model_version=60"
+    )
+    ends = []
+    for workers, ahead in ((1, 0), (2, None)):
+        told, _ = follow(made, workers=workers, ahead=ahead, callbacks=[TargetAccuracy()])
+        ends.append(len(told.versions))
+    assert ends[0] == ends[1] < 60
+
+
+def test_asynchronous_leaf_servers_are_clustered(tmp_path):
+    """hhar-synthetic: the users of leaf server 2 carry the device another way."""
+    told, servers = follow(
+        load_settings(
+            assignments=[
+                *(f"app.config.output-dir={tmp_path}", "devices.enable=true"),
+                *("devices.device_selection_size=3", "devices.num_updates_for_model=3"),
+                *("devices.max_model_version=4", "asynchronous.rule=fedbuff"),
+                *("asynchronous.server=leaf", "asynchronous.cloud_interval=4.0"),
+                'devices.device_speed={distribution="uniform", mean=1.0, std=0.2}',
+                *("hierarchy.local_epochs=3", "runtime.training=single", "runtime.compile=false"),
+            ]
+        ),
+        callbacks=[VersionWriter(), WeightWriter()],
+    )
+    assert [state.labels for _, state in told.steps][-1] == (0, 0, 1)
+    [folder] = tmp_path.iterdir()
+    history = json.loads((folder / "metrics/seed_42/cluster_history.json").read_text())
+    assert history[-1]["labels"] == [0, 0, 1]
+    assert history[-1]["ari_truth"] == 1.0
+    assert [e["simulated_seconds"] for e in history] == [event.time for event, _ in told.steps]
+    models = json.loads((folder / "models/models.json").read_text())
+    assert models["clusters"]["cluster_0.safetensors"]["leaf_servers"] == [0, 1]
+    assert len(servers) == 3
+    last = [h for h in told.held_out if (h.what, h.server) == ("cloud", -1)][-1]
+    assert last.test.accuracy > 0.6
+
+
+class Stop(Callback):
+    """Kills a run after so many versions of all servers."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def on_version(self, record):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+
+
+def tables(folder):
+    """Return a run's tables without the columns of wall time."""
+    files = sorted(folder.glob("metrics/*/*.csv"))
+    return {f.name: pl.read_csv(f).drop("seconds", strict=False).rows() for f in files}
+
+
+@pytest.mark.parametrize("rule", ["fedrevive", "leaf"])
+def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, monkeypatch, rule):
+    monkeypatch.setattr(device_run, "SAVE_SECONDS", 0.0)
+    made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'whole'}")
+    _, whole = follow(made, callbacks=[VersionWriter()])
+    made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'killed'}")
+    with pytest.raises(KeyboardInterrupt):
+        follow(made, callbacks=[VersionWriter(), Stop(5)])
+    [folder] = (tmp_path / "killed").iterdir()
+    with pytest.raises(KeyboardInterrupt):
+        follow(made, callbacks=[VersionWriter(), Stop(2)], folder=folder)
+    _, models = follow(made, callbacks=[VersionWriter()], folder=folder)
+    assert same(whole, models)
+    [other] = (tmp_path / "whole").iterdir()
+    assert tables(folder) == tables(other)
+    with pytest.raises(CheckpointError, match="finished"):
+        resume(folder, lambda _: [])
+
+
+def test_memory_is_flat_over_10_000_versions(settings):
+    """One update a version, 100 devices at work: old versions go when no job has them."""
+
+    def app(message, context):
+        if message.metadata.message_type == "train":
+            metrics = {records.NUM_EXAMPLES: 1, records.LOSS: 0.0, records.SECONDS: 0.0}
+            return records.reply(
+                message, arrays=records.arrays_of(message), metrics=MetricRecord(metrics)
+            )
+        return client_app.app(message, context)
+
+    alive, memory = [], []
+
+    class Count(Callback):
+        def on_version(self, record):
+            if record.event.version in (1_000, 10_000):
+                gc.collect()
+                alive.append(sum(type(o) is Start for o in gc.get_objects()))
+                memory.append(psutil.Process().memory_info().rss)
+
+    made = settings(
+        *("asynchronous.rule=fedbuff", "devices.num_updates_for_model=1"),
+        *("devices.device_selection_size=30", "devices.max_model_version=10000"),
+        "devices.eval_frequency=10000",
+    )
+    with InProcessGrid(app, 2, made.runtime) as grid:
+        DeviceRun(made, grid, [Count()]).run()
+    assert max(alive) <= 30 + 2
+    assert memory[1] - memory[0] < 30 * 2**20  # a version has 80 KB: all would take 800 MB
+
+
+BIG = """
+import resource, sys
+from fedge_sim.config import load_settings
+from fedge_sim.reporting.base import Callback
+from fedge_sim import orchestrator
+
+class Stop(Callback):
+    def on_version(self, record):
+        raise SystemExit(print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+
+orchestrator.run(load_settings(assignments=sys.argv[1:]), [Stop()])
+"""
+
+
+def test_a_million_devices_start_in_4_gib(settings, tmp_path):
+    assignments = [
+        *(f"app.config.output-dir={tmp_path}", *DEVICES, *RULES["fedbuff"]),
+        *("devices.devices_per_leaf=500000", "devices.device_selection_size=1000"),
+        *("runtime.backend=inprocess", "devices.num_updates_for_model=2"),
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", BIG, *assignments],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) < 4 * 2**20  # KiB

@@ -1,0 +1,42 @@
+"""The jobs of the older programs, as files to run: each loads, and says what it is meant to."""
+
+import re
+
+import pytest
+
+from fedge_sim.config import load_settings
+from tests.conftest import ROOT
+
+JOBS = {file.stem: file for file in sorted((ROOT / "scripts" / "jobs").glob("*.toml"))}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_loads_and_names_its_command(name):
+    settings = load_settings(JOBS[name])
+    assert settings.by_versions
+    comment = re.match(r"(#.*\n)+", JOBS[name].read_text()).group()
+    assert re.search(r"#   python (-m fedge_sim\.orchestrator --config|scripts/\w+\.py)", comment)
+    if "--config" in comment:
+        assert f"scripts/jobs/{name}.toml" in comment
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "devices", "selected", "updates", "server_lr"),
+    [
+        ("cifar10_fedavg", "fedavg", 40_000, 100, 100, 1.4),
+        ("cifar10_fedrevive", "fedrevive", 40_000, 200, 20, 0.1),
+        ("cifar10_fedrevive_research", "fedrevive", 1000, 100, 1, 0.1),
+        ("cifar10_fedbuff", "fedbuff", 1000, 100, 1, 0.05),
+        ("cifar10_fedasync", "fedasync", 1000, 100, 1, 1.0),
+        ("cifar10_downweight", "downweight", 1000, 100, 1, 0.1),
+    ],
+)
+def test_jobs_are_those_of_the_older_programs(name, rule, devices, selected, updates, server_lr):
+    settings = load_settings(JOBS[name])
+    d, h = settings.devices, settings.hierarchy
+    assert (settings.asynchronous.rule, h.num_clients, h.server_lr) == (rule, devices, server_lr)
+    assert (d.device_selection_size, settings.updates_for_model) == (selected, updates)
+    assert (d.subset_size, settings.local_steps, h.batch_size) == (350, 25, 32)
+    assert (h.optimizer, h.learning_rate(200), h.weight_decay) == ("adam", 0.0003, 0.0)
+    assert (h.clip_norm, h.label_smoothing, h.prox_mu, h.es_patience) == (0, 0, 0, 0)
+    assert d.device_speed.mean == (1.0, 1.3, 1.6)
