@@ -78,7 +78,6 @@ def describe_data(message: Message, context: Context) -> Message:
     except FedgeError as error:
         return records.reply(message, config=ConfigRecord({records.ERROR: str(error)}))
     clients = asked[records.CLIENT_IDS]
-    servers = data.clients_per_server if data.whole is not None else ()
     answer = records.describe(
         DataSummary(
             clients=tuple(data.clients[client] for client in clients),
@@ -87,7 +86,7 @@ def describe_data(message: Message, context: Context) -> Message:
             scales=tuple(data.scales[client] for client in (clients or [0])),
             content=data.dataset.content,
             groups=tuple(data.groups[client] for client in clients) if data.groups else (),
-            num_held_out=tuple(len(data.held_out(leaf)) for leaf in range(len(servers))),
+            num_held_out=len(data.held_out),
         )
     )
     return records.reply(message, config=answer)
@@ -219,10 +218,9 @@ def _evaluate(messages: Sequence[Message], context: Context) -> list[Message]:
 def _parts(settings: Settings, data: FederatedData, config: dict[str, Any]) -> list[Part]:
     """Return the examples that a message asks to evaluate on, split by split."""
     splits, client = config[records.SPLITS], config[records.CLIENT_ID]
-    if splits == [records.HELD_OUT]:  # each example as its own client sees it
-        rows = data.held_out(config[records.LEAF_ID])
-        shard = np.array_split(rows, config[records.SHARDS])[client]
-        return [(pooled_examples(settings, data)[0], shard)]
+    if splits == [records.HELD_OUT]:  # all devices see them alike
+        shard = np.array_split(data.held_out, config[records.SHARDS])[client]
+        return [(examples_of(settings, data, 0), shard)]
     own, examples = data.clients[client], examples_of(settings, data, client)
     return [(examples, own.test if split == "test" else own.train) for split in splits]
 

@@ -24,7 +24,6 @@ from fedge_sim.client import initial_model
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
-from fedge_sim.data.drawn import are_drawn
 from fedge_sim.errors import CheckpointError, RoundError
 from fedge_sim.reporting.base import Callback, HeldOut, RunInfo, VersionRecord, new_results_folder
 from fedge_sim.runtime.gpu import batch_of
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAVE_SECONDS = 30.0  # between two checkpoints
+SAVE_SECONDS = 60.0  # between two checkpoints
 
 
 @dataclass
@@ -335,14 +334,8 @@ class DeviceRun:
         a run ends at the same version however fast evaluations are.
         """
         reason = self._collect()
-        held_out, drawn = self._data.num_held_out, are_drawn(self.settings)  # then for all the same
-        parts = {
-            leaf: HeldOutTest(
-                *(self._exchange, self.settings, self._roster, model, leaf),
-                sum(held_out) if leaf < 0 and not drawn else held_out[max(0, leaf)],
-            )
-            for leaf, model in models.items()
-        }
+        common = (self._exchange, self.settings, self._roster, self._data)
+        parts = {leaf: HeldOutTest(*common, model, leaf) for leaf, model in models.items()}
         self._tests.append(Test(parts, what, version, now, self._updates))
         h = self.settings.hierarchy
         return self._collect() if h.target_accuracy or h.es_patience else reason

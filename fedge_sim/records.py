@@ -28,9 +28,8 @@ from fedge_sim.training.local import Evaluation
 TRAIN, LEAF, CLOUD, GLOBAL, PERSONAL = "train", "leaf", "cloud", "global", "personal"
 # Of a device's job; it takes the place of the round in the name of the job's random stream.
 JOB = "job"
-# Evaluate on what no client of a leaf server (-1: of any) trains on, cut into so many shards; the
-# client is the shard's number.
-HELD_OUT, SHARDS, LEAF_ID = "held-out", "shards", "leaf"
+# Evaluate on what no device draws, cut into so many shards; the client is the shard's number.
+HELD_OUT, SHARDS = "held-out", "shards"
 CLASS_COUNTS = "class-counts"  # of a client's training examples, which FedRevive asks for
 # Names of the records in a message: SCAFFOLD's variate, or its change, goes beside the model.
 ARRAYS, CONFIG, METRICS, VARIATE = "arrays", "config", "metrics", "variate"
@@ -192,7 +191,7 @@ def describe(data: DataSummary) -> ConfigRecord:
             "std": [float(value) for scale in data.scales for value in scale.std],
             "content": data.content,
             "groups": list(data.groups),
-            "held-out": list(data.num_held_out),
+            "held-out": data.num_held_out,
         }
     )
 
@@ -211,7 +210,7 @@ def description(config: Mapping[str, Any]) -> DataSummary:
         scales=tuple(map(Standardisation, *scales)),
         content=config["content"],
         groups=tuple(config["groups"]),
-        num_held_out=tuple(config["held-out"]),
+        num_held_out=config["held-out"],
     )
 
 

@@ -1,6 +1,7 @@
 """Runs of versions: the real loop, over real grids, against strictly sequential processing."""
 
 import gc
+import hashlib
 import json
 import subprocess
 import sys
@@ -133,6 +134,53 @@ def test_actors_do_as_threads_do(settings, start_ray):
         run = DeviceRun(grid.settings, grid)
         run.run()
     assert same(here, [server.model.arrays for server in run._servers])
+
+
+FLOWER = """
+import json, sys
+from flwr.serverapp import ServerApp
+from flwr.simulation import run_simulation
+from fedge_sim.client_app import app as client_app
+from fedge_sim.config import settings_from_json
+from fedge_sim.device_run import DeviceRun
+from tests.test_device_run import digests
+
+server_app, found = ServerApp(), []
+
+@server_app.main()
+def main(grid, context):
+    for text in json.load(open(sys.argv[1])):
+        run = DeviceRun(settings_from_json(text), grid)
+        run.run()
+        found.append(digests([server.model.arrays for server in run._servers]))
+
+run_simulation(server_app=server_app, client_app=client_app, num_supernodes=2,
+               backend_config={"client_resources": {"num_cpus": 1.0}})
+json.dump(found, open(sys.argv[2], "w"))
+"""
+
+
+def digests(models):
+    return [
+        hashlib.sha256(b"".join(model[name].tobytes() for name in sorted(model))).hexdigest()
+        for model in models
+    ]
+
+
+def test_flowers_own_runtime_does_as_threads_do(settings, tmp_path):
+    all_settings = [settings(*RULES[rule]) for rule in ("fedbuff", "leaf")]
+    asked, told = tmp_path / "settings.json", tmp_path / "digests.json"
+    asked.write_text(json.dumps([each.to_json() for each in all_settings]))
+    done = subprocess.run(
+        [sys.executable, "-c", FLOWER, str(asked), str(told)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=clean_environment(FLWR_TELEMETRY_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0"),
+    )
+    assert told.exists(), done.stderr[-4000:]
+    here = [digests(follow(each)[1]) for each in all_settings]
+    assert json.loads(told.read_text()) == here
 
 
 def test_slower_devices_take_simulated_time_and_change_nothing_else(settings):

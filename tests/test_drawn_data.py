@@ -59,9 +59,9 @@ def job(settings, number, device, model, flat_round=1):
     return instruction(settings, MessageType.TRAIN, device, model, told)
 
 
-def held_out_test(settings, shards, model, leaf=-1):
+def held_out_test(settings, shards, model):
     """Return the messages that evaluate a model on held-out examples, in shards."""
-    told = {records.SHARDS: shards, records.LEAF_ID: leaf, records.SPLITS: [records.HELD_OUT]}
+    told = {records.SHARDS: shards, records.SPLITS: [records.HELD_OUT]}
     told[records.PURPOSE] = records.HELD_OUT
     kind = MessageType.EVALUATE
     return [instruction(settings, kind, shard, model, told) for shard in range(shards)]
@@ -90,9 +90,8 @@ def test_a_device_draws_the_same_whenever_it_is_asked(small, partition):
 @pytest.mark.parametrize("partition", ["dirichlet", "iid"])
 def test_a_device_has_its_examples_once_each_and_none_that_is_held_out(small, partition):
     data = federate(small(*DEVICES, f"app.config.partition={partition}"))
-    held_out = data.held_out()
+    held_out = data.held_out
     assert len(held_out) == round(0.2 * 1797)
-    assert data.held_out(2) is held_out
     seen = set()
     for own in data.clients[:300]:
         assert (np.diff(own.train) > 0).all()
@@ -163,7 +162,7 @@ def test_blocks_that_are_held_out_leak_nothing(small, split, leaks):
             "app.config.partition=iid",
         )
     )
-    seen = overlapping(data.dataset, data.held_out())
+    seen = overlapping(data.dataset, data.held_out)
     assert any(seen[own.train].any() for own in data.clients) == leaks
 
 
@@ -175,9 +174,6 @@ def test_the_scale_is_that_of_the_pool(small, standardise):
     raw = data.dataset.x[pool_rows]
     expected = (0, 1) if standardise == "global" else (raw.mean(), raw.std())
     assert (float(x.mean()), float(x.std(correction=0))) == pytest.approx(expected, abs=1e-4)
-    pooled, rows = data.pooled()
-    assert rows is pool_rows
-    np.testing.assert_array_equal(pooled.batch(rows[:9])[0], data.examples(0).batch(rows[:9])[0])
 
 
 def test_a_million_devices_cost_nothing_until_they_are_used(small):
@@ -194,7 +190,7 @@ def test_a_million_devices_cost_nothing_until_they_are_used(small):
     tracemalloc.stop()
     assert summary.clients == summary.groups == ()
     assert len(summary.scales) == 1  # of all
-    assert summary.num_held_out == (359,)
+    assert summary.num_held_out == 359
     assert (summary.example_shape, len(summary.classes)) == ((1, 8, 8), 10)
     assert summary.content == data.dataset.content
 
@@ -241,52 +237,21 @@ def test_only_fedrevive_asks_for_counts_of_classes(small):
 
 
 @pytest.mark.parametrize("cohort_size", [1, 4])
-@pytest.mark.parametrize("leaf", [-1, 1])
-@pytest.mark.parametrize(
-    "pairs",
-    [
-        DEVICES,
-        (*CLOCK, "asynchronous.rule=fedbuff", "devices.num_updates_for_model=2"),
-        (
-            *(*CLOCK, "asynchronous.rule=fedbuff", "app.config.standardise=client"),
-            "app.config.label-swap=0.4",
-        ),
-    ],
-)
-def test_shards_of_held_out_examples_pool_to_the_whole(small, pairs, leaf, cohort_size):
-    settings = small(*pairs)
+def test_shards_of_held_out_examples_pool_to_the_whole(small, cohort_size):
+    settings = small(*DEVICES)
     model, data = first_model(settings), federated_data(settings)
     with InProcessGrid(client_app, 2, together=answer_together, cohort_size=cohort_size) as grid:
-        found = [
+        [whole], parts = (
             [
                 records.get_evaluations(reply)[records.HELD_OUT]
-                for reply in grid.send_and_receive(held_out_test(settings, shards, model, leaf))
+                for reply in grid.send_and_receive(held_out_test(settings, shards, model))
             ]
             for shards in (1, 7)
-        ]
-        told = {records.PURPOSE: records.LEAF, records.SPLITS: ["test"]}
-        clients = range(3, 6) if leaf == 1 else range(9)
-        own = [instruction(settings, MessageType.EVALUATE, c, model, told) for c in clients]
-        by_client = [records.get_evaluations(r)["test"] for r in grid.send_and_receive(own)]
-    [whole], parts = found
-    assert whole.num_examples == len(data.held_out(leaf))
-    alike = [pool(parts)]
-    if pairs is not DEVICES:  # each client's test examples, as it sees them itself
-        alike.append(pool(by_client))
-    for other in alike:
-        assert (other.num_examples, other.accuracy) == (whole.num_examples, whole.accuracy)
-        assert other.loss == pytest.approx(whole.loss, rel=1e-5)
-
-
-def test_held_out_examples_of_clients_are_counted_by_leaf_server(small):
-    settings = small("hierarchy.clients_per_server=[4,2,3]")
-    data = federated_data(settings)
-    with InProcessGrid(client_app, 1) as grid:
-        summary = survey(grid, call_roster(grid, 9, timeout_s=9), settings)
-    assert summary.num_held_out == tuple(len(data.held_out(leaf)) for leaf in range(3))
-    assert sum(summary.num_held_out) == len(data.held_out()) == sum(summary.num_test)
-    expected = np.sort(np.concatenate([data.clients[c].test for c in (4, 5)]))
-    np.testing.assert_array_equal(data.held_out(1), expected)
+        )
+    pooled = pool(parts)
+    assert whole.num_examples == len(data.held_out)
+    assert (pooled.num_examples, pooled.accuracy) == (whole.num_examples, whole.accuracy)
+    assert pooled.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
 # ------------------------------------------------------------------ how to train them

@@ -5,7 +5,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -57,8 +56,6 @@ class FederatedData:
         array for all.
     groups : tuple of int
         As in :class:`DataSummary`.
-    clients_per_server : tuple of int
-        Under leaf server 0, 1, ...
     whole : ClientData, optional
         Where devices draw their examples: from which (``train``), and what is held out (``test``).
     """
@@ -68,7 +65,6 @@ class FederatedData:
     scales: Sequence[Standardisation]
     labels: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     groups: tuple[int, ...] = ()
-    clients_per_server: tuple[int, ...] = ()
     whole: ClientData | None = None
 
     @property
@@ -80,6 +76,11 @@ class FederatedData:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes."""
         return self.dataset.names.classes
+
+    @property
+    def held_out(self) -> NDArray[np.int64]:
+        """The rows (n,) that no device draws; none where clients have tests of their own."""
+        return np.empty(0, np.int64) if self.whole is None else self.whole.test
 
     def examples(
         self,
@@ -123,35 +124,8 @@ class FederatedData:
         """
         y, scale, owner = self._pool
         plain = Examples(self.dataset.x, y, scale, pipelining, owner)
-        return self._brought(plain, device) if caching else plain, self._train
-
-    def held_out(self, leaf: int = -1) -> NDArray[np.int64]:
-        """Return the rows (n,) that no client under a leaf server trains on, in ascending order.
-
-        Parameters
-        ----------
-        leaf : int
-            The leaf server; -1 for all. Devices that draw their examples have the same ones
-            held out under each.
-        """
-        return self._held_out[leaf] if self.whole is None else self.whole.test
-
-    @cached_property
-    def _held_out(self) -> list[NDArray[np.int64]]:
-        """The test rows under leaf server 0, 1, ..., and as the last those of all clients."""
-        ends = accumulate(self.clients_per_server, initial=0)
-        spans = [slice(*span) for span in pairwise(ends)]
-        return [
-            np.sort(np.concatenate([client.test for client in self.clients[span]]))
-            for span in (*spans, slice(None))
-        ]
-
-    @cached_property
-    def _train(self) -> NDArray[np.int64]:
-        """What all clients train on."""
-        if self.whole is not None:
-            return self.whole.train
-        return np.sort(np.concatenate([client.train for client in self.clients]))
+        rows = np.sort(np.concatenate([client.train for client in self.clients]))
+        return self._brought(plain, device) if caching else plain, rows
 
     @cached_property
     def _pool(self) -> tuple[NDArray[np.int64], Standardisation, NDArray[np.int64] | None]:
@@ -247,9 +221,7 @@ def federate(settings: Settings) -> FederatedData:
         labels = dict.fromkeys(swapped, swapped_labels(dataset.y, num_classes, settings.seed))
         is_swapped = [int(client in swapped) for client in range(len(clients))]
         groups = combined(groups or (0,) * len(clients), is_swapped)
-    scales = _scales(config, dataset, clients)
-    per_server = settings.hierarchy.clients_per_server
-    return FederatedData(dataset, clients, scales, labels, groups, per_server)
+    return FederatedData(dataset, clients, _scales(config, dataset, clients), labels, groups)
 
 
 def _of_devices(settings: Settings, dataset: Dataset) -> FederatedData:
@@ -257,9 +229,7 @@ def _of_devices(settings: Settings, dataset: Dataset) -> FederatedData:
     whole = drawn_from(dataset, settings)
     clients = DrawnClients(dataset.y, whole.train, settings)
     [scale] = _scales(settings.data, dataset, [whole])
-    per_server = settings.hierarchy.clients_per_server
-    scales = Same(scale, len(clients))
-    return FederatedData(dataset, clients, scales, clients_per_server=per_server, whole=whole)
+    return FederatedData(dataset, clients, Same(scale, len(clients)), whole=whole)
 
 
 def _scales(

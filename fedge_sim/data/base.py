@@ -324,9 +324,8 @@ class DataSummary:
     groups : tuple of int
         The planted group of client 0, 1, ...; -1 where its users belong to several. Empty where
         none are planted.
-    num_held_out : tuple of int
-        Examples under leaf server 0, 1, ... that no client trains on. Devices that draw theirs
-        have the same ones under each.
+    num_held_out : int
+        Where devices draw their examples, how many none draws; else 0.
     """
 
     clients: tuple[ClientData, ...]
@@ -335,7 +334,7 @@ class DataSummary:
     scales: Sequence[Standardisation]
     content: str
     groups: tuple[int, ...] = ()
-    num_held_out: tuple[int, ...] = ()
+    num_held_out: int = 0
 
     @cached_property
     def num_train(self) -> tuple[int, ...]:

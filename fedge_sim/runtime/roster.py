@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice, pairwise
+from itertools import islice
 from typing import Any
 
 from flwr.app import ConfigRecord, Message
@@ -196,12 +196,6 @@ def survey(grid: Grid, roster: Roster, settings: Settings) -> DataSummary:
     scales: Sequence[Standardisation] = [by_client[client][1] for client in sorted(by_client)]
     if are_drawn(settings):
         scales = parts[min(parts)].scales
-    else:
-        ends = accumulate(settings.hierarchy.clients_per_server, initial=0)
-        num_held_out = tuple(
-            sum(len(by_client[client][0].test) for client in range(*span))
-            for span in pairwise(ends)
-        )
     groups = tuple(g for client in sorted(by_client) for g in by_client[client][2])
     return DataSummary(
         clients=tuple(by_client[client][0] for client in sorted(by_client)),

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 from fedge_sim import records
 from fedge_sim.algorithms import Arrays
 from fedge_sim.config import Settings
+from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import RoundError
 from fedge_sim.records import Address
 from fedge_sim.runtime.node import LocalGrid
@@ -133,6 +134,8 @@ class Trainings:
                 self._push(self._wave, job)
             elif not self._in_waves and job.number not in self._under_way:
                 self._push(0, job)
+            if not self._under_way:
+                raise AssertionError(f"{job} was never begun")
             self._exchange.turn()
             self._fill()
         return self._done.pop(job.number)
@@ -173,7 +176,9 @@ class Trainings:
 
 
 class HeldOutTest:
-    """The evaluation of one model on examples that no client trains on.
+    """The evaluation of one model on examples that nobody trains on.
+
+    Those are held out for all devices that draw their examples; else each client has its own.
 
     Parameters
     ----------
@@ -181,11 +186,10 @@ class HeldOutTest:
     settings : Settings
     roster : mapping of int to int
         The node of every client.
+    data : DataSummary
     model : Start
     leaf : int
-        Whose held-out examples; -1: all.
-    num_examples : int
-        How many these are.
+        Whose clients; -1: all.
     """
 
     def __init__(
@@ -193,23 +197,35 @@ class HeldOutTest:
         exchange: Exchange,
         settings: Settings,
         roster: Mapping[int, int],
+        data: DataSummary,
         model: Start,
         leaf: int,
-        num_examples: int,
     ) -> None:
-        self._exchange = exchange
-        self._shards = max(1, -(-num_examples // SHARD))
-        self._results: dict[int, Evaluation] = {}
-        common = records.evaluate_config(settings, records.HELD_OUT, [records.HELD_OUT])
-        common[records.SHARDS], common[records.LEAF_ID] = self._shards, leaf
-        common[records.WORK] = -(-num_examples // self._shards)
+        self._exchange, self._results = exchange, dict[int, Evaluation]()
+        if data.num_held_out:
+            shards = -(-data.num_held_out // SHARD)
+            self._split, self._parts = records.HELD_OUT, range(shards)
+            work = dict.fromkeys(self._parts, data.num_held_out // shards)
+        else:
+            h = settings.hierarchy
+            self._split, shards = "test", 0
+            self._parts = range(h.num_clients) if leaf < 0 else h.leaf_clients[leaf]
+            work = {client: data.num_test[client] for client in self._parts}
+        common = records.evaluate_config(settings, records.HELD_OUT, [self._split])
         messages: list[tuple[Message, Take]] = []
-        for shard in range(self._shards):
-            config = ConfigRecord({**common, records.CLIENT_ID: shard})
-            address = Address(records.HELD_OUT, leaf, shard)
-            node = roster[shard % len(roster)]
+        for part in self._parts:
+            config = ConfigRecord(
+                {
+                    **common,
+                    records.CLIENT_ID: part,
+                    records.SHARDS: shards,
+                    records.WORK: work[part],
+                }
+            )
+            address = Address(records.HELD_OUT, leaf, part)
+            node = roster[part % len(roster)]  # any node has what is held out for all
             message = records.instruction(node, MessageType.EVALUATE, config, model.record, address)
-            messages.append((message, partial(self._take, shard)))
+            messages.append((message, partial(self._take, part)))
         exchange.send(messages)
 
     def result(self) -> Evaluation:
@@ -220,12 +236,12 @@ class HeldOutTest:
         RoundError
             If a part could not be evaluated.
         """
-        while len(self._results) < self._shards:
+        while len(self._results) < len(self._parts):
             self._exchange.turn()
-        return pool(self._results[shard] for shard in range(self._shards))
+        return pool(self._results[part] for part in self._parts)
 
-    def _take(self, shard: int, reply: Message) -> None:
+    def _take(self, part: int, reply: Message) -> None:
         if not reply.has_content():
             reason = reply.error.reason
             raise RoundError(f"a model cannot be evaluated on held-out examples: {reason}")
-        self._results[shard] = records.get_evaluations(reply)[records.HELD_OUT]
+        self._results[part] = records.get_evaluations(reply)[self._split]
