@@ -110,6 +110,11 @@ def _of_devices(settings: "Settings") -> Iterable[Case]:
             *("asynchronous", "rule"),
             "needs a virtual clock: set devices.enable = true",
         )
+        yield (
+            d.devices_per_leaf > 0,
+            *("devices", "devices_per_leaf"),
+            "needs devices.enable = true: without it there are the hierarchy's clients only",
+        )
         return
     yield (
         not d.device_speed.mean,
@@ -134,6 +139,11 @@ def _of_devices(settings: "Settings") -> Iterable[Case]:
         d.over_selection > 0 and h.participation == 1,
         *("devices", "over_selection"),
         "all clients are selected already: must be 0 with hierarchy.participation = 1",
+    )
+    yield (
+        not d.device_reuse,
+        *("devices", "device_reuse"),
+        "must be true in rounds of all clients, which train in every round",
     )
     yield (
         h.client_rule == "centralised",
@@ -203,15 +213,12 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
         f"there are never so many free places: at most {d.device_selection_size} "
         "(device_selection_size)",
     )
-    versions = d.max_model_version
-    per_version, rest = (selected, 0) if rule == "fedavg" else (updates, selected - updates)
-    needed = versions * per_version + rest
+    versions, each = d.max_model_version, selected if rule == "fedavg" else updates
     yield (
-        not d.device_reuse and needed > pool,
+        not d.device_reuse and versions * each > pool,
         *("devices", "device_reuse"),
-        f"{versions} versions of {per_version} devices each, and {rest} more at work, take "
-        f"{needed} devices, and there are {pool} {whose}: use more devices or fewer versions, or "
-        "let devices be used again",
+        f"{versions} versions of {each} devices each take {versions * each} devices, and there "
+        f"are {pool} {whose}: use more devices or fewer versions, or let devices be used again",
     )
     yield (
         of_leaf and (a.cloud_interval > 0) == (a.cloud_versions > 0),
@@ -235,6 +242,26 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
         ("participation", h.participation, 1.0, "devices.device_selection_size says how many"),
     ):
         yield (value != allowed, "hierarchy", key, f"{reason}: must be {allowed!r}")
+    yield (
+        h.cluster_better_delta != 0,
+        *("hierarchy", "cluster_better_delta"),
+        "is of the accuracy gate, which servers that make versions have not: must be 0",
+    )
+    yield (
+        h.averaging == "uniform" and (rule == "fedavg" or not of_leaf),
+        *("hierarchy", "averaging"),
+        'is about leaf servers here: must be "weighted" with FedAvg, or without leaf versions',
+    )
+    yield (
+        h.global_lr != 1 and not of_leaf,
+        *("hierarchy", "global_lr"),
+        "is of the cloud's step over leaf servers that make versions: must be 1",
+    )
+    yield (
+        settings.runtime.min_clients_per_round > 1,
+        *("runtime", "min_clients_per_round"),
+        "is about rounds, and a version is made of the updates that are usable: must be 1",
+    )
     if d.devices_per_leaf:
         yield (
             config.partition not in ("iid", "dirichlet"),

@@ -283,15 +283,24 @@ class Settings(Table):
 
     @model_validator(mode="before")
     @classmethod
-    def _drawn_devices_are_the_clients(cls, tables: Any) -> Any:
-        """Let ``devices_per_leaf`` take the place of ``clients_per_server``."""
+    def _what_devices_change_elsewhere(cls, tables: Any) -> Any:
+        """Let ``devices_per_leaf`` take the place of ``clients_per_server``.
+
+        And in a run of versions, which are many and small, the learning rate stays and no
+        patience ends the run, unless asked for.
+        """
         tables = dict(tables) if isinstance(tables, Mapping) else {}
-        devices, hierarchy = tables.get("devices"), tables.get("hierarchy", {})
-        if isinstance(devices, Mapping) and isinstance(hierarchy, Mapping):
-            per_leaf, servers = devices.get("devices_per_leaf"), hierarchy.get("num_servers", 3)
-            whole = isinstance(per_leaf, int) and isinstance(servers, int)
-            if whole and per_leaf and devices.get("enable"):
-                tables["hierarchy"] = {**hierarchy, "clients_per_server": (per_leaf,) * servers}
+        parts = [tables.get(name, {}) for name in ("devices", "hierarchy", "asynchronous")]
+        if not all(isinstance(part, Mapping) for part in parts) or not parts[0].get("enable"):
+            return tables
+        devices, hierarchy, asynchronous = parts
+        per_leaf, servers = devices.get("devices_per_leaf"), hierarchy.get("num_servers", 3)
+        drawn = type(per_leaf) is type(servers) is int and per_leaf > 0
+        if drawn:
+            hierarchy = {**hierarchy, "clients_per_server": (per_leaf,) * servers}
+        if drawn or asynchronous.get("rule", "fedavg") != "fedavg":
+            hierarchy = {"lr_gamma": 1.0, "es_patience": 0, **hierarchy}
+        tables["hierarchy"] = hierarchy
         return tables
 
     @model_validator(mode="after")

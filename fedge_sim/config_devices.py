@@ -4,7 +4,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from fedge_sim.config_types import Count, Fraction, NonNegative, OptionalPath, Positive, Table
+from fedge_sim.config_types import (
+    Count,
+    Fraction,
+    NonNegative,
+    OptionalPath,
+    Positive,
+    SecondsOrNever,
+    Table,
+)
 
 WHOLE = 1e-6  # how far shares may be from adding up to 1
 
@@ -93,8 +101,8 @@ class Devices(Table):
     num_updates_for_model: WholeOrZero = 0
     max_model_version: Count = 200
     eval_frequency: Count = 1
-    job_timeout: NonNegative = 60.0
-    update_timeout: NonNegative = 500.0
+    job_timeout: SecondsOrNever = 60.0
+    update_timeout: SecondsOrNever = 500.0
     device_speed: Delay = Delay()
     device_speed_per: Literal["job", "step"] = "job"
     communication_delay: Delay = Delay()
@@ -117,7 +125,7 @@ class Asynchronous(Table):
 
     rule: Literal["fedavg", "fedasync", "fedbuff", "downweight", "fedrevive"] = "fedavg"
     server: Literal["cloud", "leaf"] = "cloud"
-    cloud_interval: NonNegative = 0.0
+    cloud_interval: SecondsOrNever = 0.0
     cloud_versions: WholeOrZero = 0
     mixing: Annotated[float, Field(gt=0, le=1)] = 0.6
     staleness: Literal["constant", "polynomial", "hinge"] = "constant"

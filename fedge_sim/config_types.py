@@ -17,6 +17,11 @@ def absolute(path: str) -> str:
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Seconds = Annotated[float, Field(gt=0, le=3600)]
 NonNegative = Annotated[float, Field(ge=0)]
+# Of simulated time: a timer of less would never let the clock move on.
+SecondsOrNever = Annotated[
+    Annotated[float, Field(ge=0, le=0)] | Annotated[float, Field(ge=0.001)],
+    Field(description="0 (never), or at least 0.001 seconds"),
+]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 AbsolutePath = Annotated[str, AfterValidator(absolute)]

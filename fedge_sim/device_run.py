@@ -7,17 +7,16 @@ updates, and let the cloud meet the leaf servers when they are due.
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from fedge_sim import checkpoint, cloud, records
-from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.asynchronous import ServerRule, Update
 from fedge_sim.algorithms.server_rules import server_rule
 from fedge_sim.client import initial_model
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # between two checkpoints
+FAILURES = 10  # of devices one after the other, that a run bears at the least
 
 
 @dataclass
@@ -63,22 +63,35 @@ class Server:
         Training examples behind its updates since the cloud last asked.
     sent : Start, optional
         The model that is on its way to the cloud.
+    tested : Start, optional
+        The last model that was evaluated.
+    version : int
+        The number of the newest version that it made.
     """
 
     model: Start
     rule: ServerRule
     examples: int = 0
     sent: Start | None = None
+    tested: Start | None = None
+    version: int = 0
 
-    def take(self, handed: Arrays) -> None:
-        """Take the cloud's model, and what was learnt here since the own one was sent."""
+    def take(self, handed: Start, trainable: Set[str]) -> None:
+        """Take the cloud's model, and add what was learnt here since the own one was sent.
+
+        Buffers are the cloud's: a difference of variances added to another could be negative.
+        """
         if self.sent is not None and self.model is not self.sent:
             here, sent = self.model.arrays, self.sent.arrays
-            handed = {
-                name: np.asarray(array + (here[name] - sent[name]), array.dtype)
-                for name, array in handed.items()
-            }
-        self.model, self.sent = Start(handed), None
+            handed = Start(
+                {
+                    name: np.asarray(array + (here[name] - sent[name]), array.dtype)
+                    if name in trainable
+                    else array
+                    for name, array in handed.arrays.items()
+                }
+            )
+        self.model, self.sent = handed, None
 
 
 @dataclass(frozen=True)
@@ -122,7 +135,7 @@ class DeviceRun:
         self._updates = self._failures = self._position = 0
         self._accuracies: list[float] = []
         self._tests: list[Test] = []  # one at most: it is collected before the next begins
-        self._starts: dict[int, Start] = {}  # of jobs that are not taken in yet, by number
+        self._reason: str | None = None  # to end the run
 
     def run(self) -> Path:
         """Follow the whole timeline, into a results folder of its own, and return that.
@@ -148,7 +161,7 @@ class DeviceRun:
         self._cloud = cloud.initial_state(first.arrays, count)
         self._exchange = Exchange(self.grid)
         self._trainings = self._open_trainings()
-        size = first.record.count_bytes()
+        self._size = size = first.record.count_bytes()
         events = timeline(settings, size, size, partial(steps_of_a_job, settings, data))
         folder = new_results_folder(settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
@@ -179,19 +192,22 @@ class DeviceRun:
 
     def _follow(self, events: Iterator[Event]) -> None:
         """Do what is left of the timeline, and tell the callbacks."""
-        reason: str | None = None
         try:
             for callback in self.callbacks:
                 callback.on_run_start(self._info)
             for event in events:
                 self._position += 1
-                reason = self._handle(event)
-                if reason:
-                    break
+                self._handle(event)
                 self._save_if_due(event)
-            reason = reason or self._collect()
-            if reason:
-                log.info("ended after %d updates: %s", self._updates, reason)
+                if self._reason:
+                    break
+            self._collect()
+            for index, server in enumerate(self._servers):
+                if not self._reason and server.model is not server.tested:  # out of devices
+                    self._test_server(index, server.version, event.time)
+                    self._collect()
+            if self._reason:
+                log.info("ended after %d updates: %s", self._updates, self._reason)
             self._save(ended=True)
             for callback in self.callbacks:
                 callback.on_versions_end(self._cloud)
@@ -199,48 +215,37 @@ class DeviceRun:
             for callback in self.callbacks:
                 callback.close()
 
-    def _handle(self, event: Event) -> str | None:
-        """Do what an event says; return the reason to end the run, if there is one."""
+    def _handle(self, event: Event) -> None:
+        """Do what an event says."""
         match event:
             case Dispatched():
-                start = self._servers[event.jobs[0].server].model
-                self._starts.update({j.number: start for j in event.jobs if j.fate == "update"})
-                self._trainings.begin(event.jobs, start)
-                return None
+                server = self._servers[event.jobs[0].server]
+                self._trainings.begin(event.jobs, server.model)
             case VersionMade():
-                return self._make_version(event)
+                self._make_version(event)
             case CloudAsks():
                 self._ask()
-                return None
             case CloudAnswers():
-                return self._answer(event)
+                self._answer(event)
 
-    def _make_version(self, event: VersionMade) -> str | None:
+    def _make_version(self, event: VersionMade) -> None:
         """Let a server make a version of the updates that came."""
-        server, devices = self._servers[event.server], self.settings.devices
+        server, h = self._servers[event.server], self.settings.hierarchy
         found = [(job, self._trainings.result(job)) for job in event.jobs]
         updates = [u for job, trained in found if (u := self._update(event, job, trained))]
         if updates:
-            arrays = server.rule.make_version(server.model.arrays, updates, event.version)
+            arrays = server.rule.make_version(server.model.arrays, updates, event.made)
             server.model = Start(arrays)
             if self.settings.asynchronous.server == "cloud":
-                self._cloud = CloudState(event.version, (0,), (arrays,), arrays)
+                self._cloud = CloudState(event.version, (0,) * h.num_servers, (arrays,), arrays)
         self._updates += len(updates)
+        server.version = event.version
         server.examples += sum(update.num_examples for update in updates)
-        for job in event.jobs:
-            del self._starts[job.number]
         self._tell_version(event, updates, [trained for _, trained in found])
-        if last := self._is_last(event):
+        if event.last:
             self._trainings.drop(event.server)
-        if event.version % devices.eval_frequency and not last:
-            return None
-        if self.settings.asynchronous.server == "cloud":
-            return self._test({-1: server.model}, "cloud", event.version, event.time)
-        return self._test({event.server: server.model}, "leaf", event.version, event.time)
-
-    def _is_last(self, event: Event) -> TypeGuard[VersionMade]:
-        """Whether a server makes its last version."""
-        return isinstance(event, VersionMade) and event.last
+        if event.last or event.made % self.settings.devices.eval_frequency == 0:
+            self._test_server(event.server, event.version, event.time)
 
     def _ask(self) -> None:
         """Let the cloud average the leaf servers' models of this moment, each cluster's own."""
@@ -260,14 +265,16 @@ class DeviceRun:
         for server in servers:
             server.examples = 0
 
-    def _answer(self, event: CloudAnswers) -> str | None:
+    def _answer(self, event: CloudAnswers) -> None:
         """Hand the cloud's models to the leaf servers, and evaluate them."""
+        clusters = [Start(model) for model in self._cloud.cluster_models]
+        models = {leaf: clusters[label] for leaf, label in enumerate(self._cloud.labels)}
         for leaf, server in enumerate(self._servers):
-            server.take(self._cloud.model_for(leaf))
+            server.take(models[leaf], self._trainable.keys())
+            server.tested = server.model
         for callback in self.callbacks:
             callback.on_cloud_step(event, self._cloud)
-        models = {leaf: Start(self._cloud.model_for(leaf)) for leaf in range(len(self._servers))}
-        return self._test(models, "cloud", event.step, event.time)
+        self._test(models, "cloud", event.step, event.time)
 
     # ------------------------------------------------------------------ what came back
 
@@ -277,47 +284,44 @@ class DeviceRun:
         Raises
         ------
         RoundError
-            If as many updates as devices are at work were of no use, one after the other.
+            If too many updates, one after the other, were of no use.
         """
-        reply = trained.reply
-        if not reply.has_content():
-            problem = str(reply.error.reason)
-        else:
-            arrays = records.to_arrays(records.arrays_of(reply))
-            if all(np.isfinite(array).all() for array in arrays.values()):
-                self._failures = 0
-                metrics = records.metrics_of(reply)
-                return Update(
-                    client=job.client,
-                    number=job.number,
-                    start_version=job.version,
-                    staleness=event.version - 1 - job.version,
-                    arrays=arrays,
-                    start=trained.start.arrays,
-                    num_examples=metrics[records.NUM_EXAMPLES],
-                    class_counts=tuple(metrics.get(records.CLASS_COUNTS, ())),
-                )
-            problem = "its model is not finite"
-        log.warning("device %d of leaf server %d left out: %s", job.client, job.leaf, problem)
+        if not trained.problem:
+            self._failures = 0
+            return Update(
+                client=job.client,
+                number=job.number,
+                start_version=job.version,
+                staleness=event.version - 1 - job.version,
+                arrays=trained.arrays,
+                start=trained.start.arrays,
+                num_examples=trained.metrics[records.NUM_EXAMPLES],
+                class_counts=tuple(trained.metrics.get(records.CLASS_COUNTS, ())),
+            )
+        where = f"device {job.client} of leaf server {job.leaf}"
+        log.warning("%s left out: %s", where, trained.problem)
         self._failures += 1
-        if self._failures >= (limit := self.settings.devices.device_selection_size):
+        limit = max(FAILURES, self.settings.devices.device_selection_size)
+        if self._failures >= limit:
             raise RoundError(
                 f"{limit} devices one after the other sent no usable update, the last for "
-                f"version {event.version} of server {event.server}: {problem}"
+                f"version {event.version} of server {event.server}: {trained.problem}"
             )
         return None
 
     def _tell_version(
         self, event: VersionMade, updates: Sequence[Update], trained: Sequence[Trained]
     ) -> None:
-        replies = [t.reply for t in trained if t.reply.has_content()]
-        losses = [records.metrics_of(reply)[records.LOSS] for reply in replies]
+        came = [t for t in trained if t.arrays]
+        losses = [t.metrics[records.LOSS] for t in came]
+        size = self._size
         record = VersionRecord(
             event=event,
+            num_updates=len(updates),
             train_loss=float(np.mean(losses)) if losses else float("nan"),
             num_examples=sum(update.num_examples for update in updates),
-            bytes_up=sum(records.arrays_of(reply).count_bytes() for reply in replies),
-            bytes_down=sum(t.start.record.count_bytes() for t in trained),
+            bytes_up=size * len(came),
+            bytes_down=size * len(trained),
             seconds=time.monotonic() - self._started,
         )
         for callback in self.callbacks:
@@ -325,27 +329,42 @@ class DeviceRun:
 
     # ------------------------------------------------------------------ held-out examples
 
+    def _test_server(self, server: int, version: int, now: float) -> None:
+        """Begin to evaluate a server's newest version."""
+        model = self._servers[server].tested = self._servers[server].model
+        if self.settings.asynchronous.server == "cloud":
+            self._test({-1: model}, "cloud", version, now)
+        else:
+            self._test({server: model}, "leaf", version, now)
+
     def _test(
         self, models: Mapping[int, Start], what: Literal["leaf", "cloud"], version: int, now: float
-    ) -> str | None:
-        """Begin to evaluate models, by leaf server; return the reason to end the run, if any.
+    ) -> None:
+        """Begin to evaluate models, by leaf server.
 
         The evaluation goes on while the next version is made, unless its result can end the run:
         a run ends at the same version however fast evaluations are.
         """
-        reason = self._collect()
-        common = (self._exchange, self.settings, self._roster, self._data)
-        parts = {leaf: HeldOutTest(*common, model, leaf) for leaf, model in models.items()}
+        self._collect()
+        parts: dict[int, HeldOutTest] = {}
+        same: dict[int, HeldOutTest] = {}  # of one model, on what is held out for all devices
+        for leaf, model in models.items():
+            if (test := same.get(id(model))) is None:
+                common = (self._exchange, self.settings, self._roster, self._data)
+                test = HeldOutTest(*common, model, leaf)
+                if self._data.num_held_out:
+                    same[id(model)] = test
+            parts[leaf] = test
         self._tests.append(Test(parts, what, version, now, self._updates))
         h = self.settings.hierarchy
-        return self._collect() if h.target_accuracy or h.es_patience else reason
+        if h.target_accuracy or h.es_patience:
+            self._collect()
 
-    def _collect(self) -> str | None:
+    def _collect(self) -> None:
         """Wait for the evaluations under way, and tell the callbacks."""
-        reasons: list[str | None] = []
         for test in self._tests:
             results = {leaf: part.result() for leaf, part in test.parts.items()}
-            if len(results) > 1:
+            if test.what == "cloud" and -1 not in results:
                 results[-1] = pool(results[leaf] for leaf in sorted(results))
             for leaf, result in results.items():
                 record = HeldOut(
@@ -359,9 +378,9 @@ class DeviceRun:
                 )
                 if (test.what, leaf) == ("cloud", -1):
                     self._accuracies.append(result.accuracy)
-                reasons += [callback.on_held_out(record) for callback in self.callbacks]
+                reasons = [callback.on_held_out(record) for callback in self.callbacks]
+                self._reason = self._reason or next(filter(None, reasons), None)
         self._tests.clear()
-        return next(filter(None, reasons), None)
 
     # ------------------------------------------------------------------ saving and resuming
 
@@ -374,34 +393,34 @@ class DeviceRun:
     def _save(self, *, ended: bool) -> None:
         """Write the checkpoint of this moment, in the place of the one before.
 
-        Beside the servers, the models that jobs under way began with: they are trained again.
+        Beside the servers, the models that jobs began with, and what came of some of them.
         """
-        models: dict[int, int] = {}  # id -> place
-
-        def place(start: Start | None) -> int:
-            return -1 if start is None else models.setdefault(id(start), len(models))
-
-        servers = [
-            {
-                "model": place(server.model),
-                "sent": place(server.sent),
-                "examples": server.examples,
-                "rule": server.rule.state(),
-            }
-            for server in self._servers
-        ]
-        starts = {str(number): place(start) for number, start in self._starts.items()}
-        everyone = [x for s in self._servers for x in (s.model, s.sent) if x is not None]
-        kept = {id(start): start for start in (*everyone, *self._starts.values())}
+        place = _Places()
+        starts, done = ({}, {}) if ended else self._trainings.state()
         tree: dict[str, Any] = {
             "ended": ended,
             "position": self._position,
             "updates": self._updates,
+            "failures": self._failures,
             "accuracies": self._accuracies,
             "cloud": vars(self._cloud),
-            "servers": servers,
-            "starts": starts,
-            "models": [dict(kept[key].arrays) for key in models],
+            "servers": [
+                {
+                    "model": place(server.model),
+                    "sent": place(server.sent),
+                    "tested": place(server.tested),
+                    "examples": server.examples,
+                    "version": server.version,
+                    "rule": server.rule.state(),
+                }
+                for server in self._servers
+            ],
+            "starts": {str(number): place(start) for number, start in starts.items()},
+            "done": {
+                str(number): [dict(t.arrays), dict(t.metrics), t.problem]
+                for number, t in done.items()
+            },
+            "models": [dict(start.arrays) for start in place.models],
             "csv_sizes": checkpoint.csv_sizes(self._info.folder),
         }
         checkpoint.save(self._info.folder / checkpoint.NAME, tree)
@@ -417,20 +436,37 @@ class DeviceRun:
         for server, saved in zip(self._servers, tree["servers"], strict=True):
             server.model = models[saved["model"]]
             server.sent = None if saved["sent"] < 0 else models[saved["sent"]]
-            server.examples = saved["examples"]
+            server.tested = None if saved["tested"] < 0 else models[saved["tested"]]
+            server.examples, server.version = saved["examples"], saved["version"]
             server.rule.restore(saved["rule"])
         self._cloud = CloudState(**tree["cloud"])
         self._position, self._updates = tree["position"], tree["updates"]
-        self._accuracies = list(tree["accuracies"])
+        self._failures, self._accuracies = tree["failures"], list(tree["accuracies"])
         starts = {int(number): models[place] for number, place in tree["starts"].items()}
+        done = {int(n): Trained(starts[int(n)], *parts) for n, parts in tree["done"].items()}
+        begun: list[tuple[Job, Start]] = []
         for event in islice(events, self._position):
-            for job in event.jobs if isinstance(event, Dispatched) else ():
-                if start := starts.get(job.number):
-                    self._starts[job.number] = start
-                    self._trainings.begin([job], start)
-            if self._is_last(event):
-                self._trainings.drop(event.server)
+            if isinstance(event, Dispatched):
+                begun += [(j, starts[j.number]) for j in event.jobs if j.number in starts]
+        self._trainings.restore(begun, done)
         log.info("resumed after %d updates", self._updates)
+
+
+class _Places:
+    """Gives each model a place in a list, once."""
+
+    def __init__(self) -> None:
+        self.models: list[Start] = []
+        self._places: dict[int, int] = {}  # by id
+
+    def __call__(self, start: Start | None) -> int:
+        """Return a model's place; -1 for none."""
+        if start is None:
+            return -1
+        if id(start) not in self._places:
+            self._places[id(start)] = len(self.models)
+            self.models.append(start)
+        return self._places[id(start)]
 
 
 def steps_of_a_job(settings: Settings, data: DataSummary, client: int) -> int:

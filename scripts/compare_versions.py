@@ -46,7 +46,7 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("results/versions"),
 ) -> None:
     """Run what is not done yet, then print the table and draw the figure."""
-    variants = {name: RULES[name] for name in rules.split(",")}
+    variants = {name: RULES[name] for name in rules.split(",") if name}
     for text in also or []:
         label, _, rest = text.partition(":")
         name, *more = rest.split()

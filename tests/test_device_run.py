@@ -259,7 +259,7 @@ def test_devices_that_all_fail_end_the_run(settings):
             raise RuntimeError("broken")
         return client_app.app(message, context)
 
-    with pytest.raises(RoundError, match=r"8 devices one after the other .* RuntimeError: broken"):
+    with pytest.raises(RoundError, match=r"10 devices one after the other .* RuntimeError: broken"):
         follow(settings(*RULES["fedbuff"], "runtime.max_retries=0"), app=app)
 
 
@@ -337,6 +337,119 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, monk
     assert tables(folder) == tables(other)
     with pytest.raises(CheckpointError, match="finished"):
         resume(folder, lambda _: [])
+
+
+def test_a_killed_run_goes_on_with_the_same_cohorts(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(device_run, "SAVE_SECONDS", 0.0)
+    cohorts = [*RULES["fedbuff"], "runtime.training=cohort", "runtime.cohort_size=4"]
+    made = settings(*cohorts, f"app.config.output-dir={tmp_path / 'whole'}")
+    _, whole = follow(made, cohort=4)
+    made = settings(*cohorts, f"app.config.output-dir={tmp_path / 'killed'}")
+    with pytest.raises(KeyboardInterrupt):
+        follow(made, cohort=4, callbacks=[VersionWriter(), Stop(5)])
+    [folder] = (tmp_path / "killed").iterdir()
+    _, models = follow(made, cohort=4, callbacks=[VersionWriter()], folder=folder)
+    assert same(whole, models)
+
+
+def test_what_the_cloud_makes_reaches_leaf_servers_that_wait_for_all(settings):
+    """FedAvg's next round is under way when the cloud answers: what it learns is added to that."""
+    leaf = [
+        "asynchronous.server=leaf",
+        "devices.device_selection_size=4",
+        "hierarchy.server_lr=1.0",
+    ]
+    met, apart = (
+        follow(settings(*RULES["fedavg"], *leaf, f"asynchronous.cloud_versions={every}"))[0]
+        for every in (2, 1000)
+    )
+    losses = [[h.test.loss for h in told.held_out if h.what == "leaf"] for told in (met, apart)]
+    assert losses[0][:2] == losses[1][:2]
+    assert np.mean(losses[0][4:]) < np.mean(losses[1][4:]) - 0.05
+
+
+def test_a_variance_is_the_clouds():
+    """-2 were it treated as a parameter: 1 + (1 - 4)."""
+    model = {"w": np.ones(1, np.float32), "var": np.ones(1, np.float32)}
+    sent = {"w": np.zeros(1, np.float32), "var": 4 * np.ones(1, np.float32)}
+    cloud = {"w": 5 * np.ones(1, np.float32), "var": np.ones(1, np.float32)}
+    server = device_run.Server(Start(model), rule=None, sent=Start(sent))
+    server.take(Start(cloud), {"w"})
+    assert {name: float(a[0]) for name, a in server.model.arrays.items()} == {"w": 6, "var": 1}
+    assert server.sent is None
+
+
+def test_versions_are_counted_without_the_clouds_and_one_leaf_server_is_all(settings):
+    told, _ = follow(
+        settings(
+            *(*RULES["leaf"], "hierarchy.num_servers=1", "devices.eval_frequency=3"),
+            "asynchronous.cloud_versions=2",
+        )
+    )
+    own = [h.version for h in told.held_out if h.what == "leaf"]
+    by_number = {r.event.version: r.event.made for r in told.versions}
+    assert [by_number[version] for version in own] == [3, 6, 8]
+    of_all = [h.version for h in told.held_out if (h.what, h.server) == ("cloud", -1)]
+    assert of_all == [event.step for event, _ in told.steps] == [1, 2]
+
+
+def test_a_run_that_is_out_of_devices_is_evaluated(settings):
+    few = ["devices.devices_per_leaf=9", "devices.device_reuse=false", "devices.dropout=0.5"]
+    told, _ = follow(settings(*RULES["fedbuff"], *few, "devices.eval_frequency=100"))
+    assert 0 < len(told.versions) < 8
+    assert [h.version for h in told.held_out] == [len(told.versions)]
+
+
+def test_jobs_of_a_server_that_is_done_are_forgotten(settings):
+    """Leaf server 0 is ten times as fast, and done long before the other."""
+    speed = 'devices.device_speed={distribution="constant", mean=1.0}'
+    slow = "devices.client_leaf_bandwidth={}"
+
+    class Look(Callback):
+        def on_version(self, record):
+            if record.event.last:
+                begun.append({job.server for job, _ in run._trainings._begun.values()})
+
+    begun = []
+    made = settings(*RULES["leaf"], speed, slow, "devices.max_model_version=4")
+    with InProcessGrid(client_app.app, 2, made.runtime) as grid:
+        run = DeviceRun(made, grid, [Look()])
+        run.run()
+    assert len(begun) == 2
+    assert run._trainings._begun == {}
+
+
+def test_a_client_that_cannot_be_evaluated_is_left_out(settings, caplog):
+    def app(message, context):
+        config = records.config_of(message)
+        evaluates = message.metadata.message_type == "evaluate"
+        if evaluates and config[records.CLIENT_ID] in broken:
+            raise RuntimeError("broken")
+        return client_app.app(message, context)
+
+    clients = ["devices.devices_per_leaf=0", "hierarchy.clients_per_server=[10,10]"]
+    made = settings(*RULES["fedbuff"], *clients, "runtime.max_retries=0")
+    broken = {4}
+    told, _ = follow(made, app=app)
+    assert "client 4 left out of an evaluation: RuntimeError: broken" in caplog.text
+    [tested] = {h.test.num_examples for h in told.held_out}
+    assert 300 < tested < 360
+    broken = set(range(20))
+    with pytest.raises(RoundError, match="no part of the held-out examples"):
+        follow(made, app=app)
+
+
+def test_a_callbacks_reason_ends_the_run_however_often_it_is_saved(settings, monkeypatch):
+    class Third(Callback):
+        def on_held_out(self, record):
+            return "enough" if record.version == 3 else None
+
+    ends = []
+    for seconds in (1000.0, 0.0):
+        monkeypatch.setattr(device_run, "SAVE_SECONDS", seconds)
+        told, _ = follow(settings(*RULES["fedbuff"]), callbacks=[Third()])
+        ends.append(len(told.held_out))
+    assert max(ends) < 8
 
 
 def test_memory_is_flat_over_10_000_versions(settings):

@@ -78,8 +78,9 @@ def test_a_version_of_each_update():
 
 def test_a_version_of_two_updates():
     events = events_of([2, 3], num_updates_for_model=2, max_model_version=2)
-    assert versions_of(events) == [(3, [(0, 0), (1, 0)], 0), (6, [(0, 1), (1, 1)], 0)]
-    assert dispatched_by(events) == [(0, [0, 1], 0), (3, [0, 1], 1)]
+    assert versions_of(events) == [(3, [(0, 0), (1, 0)], 1), (6, [(0, 0), (1, 1)], 1)]
+    # Device 0 does not wait for the version.
+    assert dispatched_by(events) == [(0, [0, 1], 0), (2, [0], 0), (3, [1], 1), (4, [0], 1)]
 
 
 def test_free_places_are_filled_once_they_are_enough():
@@ -101,7 +102,7 @@ def test_free_places_are_filled_where_no_version_could_come_otherwise():
 
 def test_a_version_is_made_early_when_the_update_timeout_has_passed():
     tables = {"num_updates_for_model": 3, "update_timeout": 3.0, "max_model_version": 4}
-    events = events_of([1, 2, 10], **tables)
+    events = events_of([1, 2, 10], min_hole_to_fill=3, **tables)
     assert versions_of(events) == [
         *((3, [(0, 0), (1, 0)], 1), (6, [(0, 1), (1, 1)], 1), (9, [(0, 2), (1, 2)], 1)),
         (11, [(2, 0), (0, 3), (1, 3)], 0),
@@ -112,19 +113,19 @@ def test_a_version_is_made_early_when_the_update_timeout_has_passed():
 
 def test_no_version_is_made_of_nothing():
     tables = {"num_updates_for_model": 2, "update_timeout": 3.0, "max_model_version": 1}
-    assert versions_of(events_of([4, 100], **tables)) == [(6, [(0, 0)], 1)]
+    assert versions_of(events_of([4, 100], **tables)) == [(6, [(0, 0)], 2)]
 
 
 def test_a_lost_job_frees_its_place():
     tables = {"num_updates_for_model": 2, "job_timeout": 3.0, "max_model_version": 3}
     events = events_of([1, 2, 9], **tables)
     assert versions_of(events) == [
-        (2, [(0, 0), (1, 0)], 1),
-        (4, [(0, 1), (1, 1)], 1),
-        (6, [(0, 2), (1, 2)], 2),  # with device 2, 0 was sent out again: it had come at 5
+        (2, [(0, 0), (1, 0)], 2),  # device 0 was sent out again at 1
+        (3, [(0, 0), (0, 1)], 2),
+        (4, [(1, 1), (0, 2)], 2),
     ]
     lost = [[job.client for job in e.lost] for e in events if isinstance(e, VersionMade)]
-    assert lost == [[], [2], [2]]  # given up at 3, and again at 6
+    assert lost == [[], [2], []]  # given up at 3
     assert (3, [2], 1) in dispatched_by(events)
 
 

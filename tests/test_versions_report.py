@@ -52,7 +52,7 @@ def info_of(folder, per_leaf=50, accuracies=(), hierarchy=(), **asynchronous):
 
 
 def record_of(event, seconds=1.0):
-    return VersionRecord(event, 0.5, 700, 11, 22, seconds)
+    return VersionRecord(event, len(event.jobs), 0.5, 700, 11, 22, seconds)
 
 
 def held_out(accuracy, version=1, what="cloud", server=-1, time=2.0):
@@ -64,7 +64,7 @@ def job(number, version, started, ended, training, fate="update"):
 
 
 def made(version, time, jobs, lost=()):
-    return VersionMade(time, 0, version, tuple(jobs), tuple(lost), 3, False, last=False)
+    return VersionMade(time, 0, version, version, tuple(jobs), tuple(lost), 3, False, last=False)
 
 
 # The first version is of jobs 0 and 1; the second of job 2, which began with version 0.
@@ -137,7 +137,7 @@ def test_all_of_a_run_is_written_down(tmp_path, server):
     assert totals["devices_used"] == len({of.client for of in known.values()})
     assert totals["simulated_seconds"] == events[-1].time
     at_work = 5 * (3 if server == "leaf" else 1)
-    assert 0.8 * at_work < totals["mean_concurrency"] < 1.02 * at_work
+    assert 0.8 * at_work < totals["mean_concurrency"] < 1.05 * at_work
     assert 0 < totals["idle_share"] < 1
     [row] = rows_of(tmp_path, "held_out.csv")
     assert (row["what"], row["server"], row["accuracy"], row["num_examples"]) == (

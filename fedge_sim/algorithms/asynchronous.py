@@ -259,6 +259,14 @@ def fedasync(
 
 
 def fedavg(model: Arrays, updates: Sequence[Update], lr: float, trainable: Set[str]) -> Arrays:
-    """Return x + lr * (the clients' mean by examples - x) (McMahan et al. 2017, alg. 1)."""
+    """Return x + lr * (the clients' mean by examples - x) (McMahan et al. 2017, alg. 1).
+
+    If x is not the model that all of them started from any more, as the cloud has changed it
+    meanwhile, what they learnt is added to it: the mean moves by x - start, but for buffers.
+    """
     mean = weighted_mean([u.arrays for u in updates], [float(u.num_examples) for u in updates])
+    start = updates[0].start
+    if start is not model:
+        moved = {n: np.asarray(mean[n] + (model[n] - start[n]), mean[n].dtype) for n in trainable}
+        mean = {name: moved.get(name, array) for name, array in mean.items()}
     return step_towards(model, mean, lr, trainable)

@@ -163,6 +163,8 @@ class VersionRecord:
     ----------
     event : VersionMade
         When, by whom and of which jobs.
+    num_updates : int
+        How many of these jobs were of use: a client may fail.
     train_loss : float
         Mean over its jobs.
     num_examples : int
@@ -174,6 +176,7 @@ class VersionRecord:
     """
 
     event: VersionMade
+    num_updates: int
     train_loss: float
     num_examples: int
     bytes_up: int

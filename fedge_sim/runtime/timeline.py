@@ -45,6 +45,8 @@ class VersionMade:
     server : int
     version : int
         Its new number, from 1.
+    made : int
+        How many the server has made, this one included; what the cloud handed it does not count.
     jobs : tuple of Job
         Whose updates it is made of, in order of arrival.
     lost : tuple of Job
@@ -60,6 +62,7 @@ class VersionMade:
     time: float
     server: int
     version: int
+    made: int
     jobs: tuple[Job, ...]
     lost: tuple[Job, ...]
     active: int
@@ -203,6 +206,8 @@ class _Timeline:
             server.in_vain = 0
             if len(server.buffer) == self._settings.updates_for_model:
                 yield from self._make(server)
+            else:
+                yield from self._fill(server)
         else:
             server.lost.append(job)
             self._was_in_vain(server, job, ROUNDS_IN_VAIN * self._devices.device_selection_size)
@@ -277,8 +282,15 @@ class _Timeline:
         server.done = server.made == self._devices.max_model_version
         self._new_versions += 1
         yield VersionMade(
-            *(now, server.index, server.version, tuple(server.buffer), tuple(server.lost)),
-            *(server.active, by_timeout, server.done),
+            time=now,
+            server=server.index,
+            version=server.version,
+            made=server.made,
+            jobs=tuple(server.buffer),
+            lost=tuple(server.lost),
+            active=server.active,
+            by_timeout=by_timeout,
+            last=server.done,
         )
         server.buffer, server.lost = [], []
         if not server.done:

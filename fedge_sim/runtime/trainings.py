@@ -5,12 +5,14 @@ update is needed when the server takes it in. So a result depends on nothing but
 """
 
 import heapq
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeAlias
+from typing import Any, Self, TypeAlias
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
@@ -23,6 +25,8 @@ from fedge_sim.records import Address
 from fedge_sim.runtime.node import LocalGrid
 from fedge_sim.runtime.rounds import Job
 from fedge_sim.training.local import Evaluation, pool
+
+log = logging.getLogger(__name__)
 
 TURN_SECONDS = 0.5  # to wait for a reply at a time
 POLL_SECONDS = 0.05  # between two looks at a grid of Flower's
@@ -40,8 +44,17 @@ class Exchange:
         self._takers: dict[str, Take] = {}
 
     def send(self, messages: Sequence[tuple[Message, Take]]) -> None:
-        """Send messages, each with what is called with its reply, within :meth:`turn`."""
-        ids = self._grid.push_messages([message for message, _ in messages])
+        """Send messages, each with what is called with its reply, within :meth:`turn`.
+
+        Raises
+        ------
+        RoundError
+            If the grid does not take them all.
+        """
+        ids = list(self._grid.push_messages([message for message, _ in messages]))
+        taken = sum(bool(message_id) for message_id in ids)  # Flower's can have none: too large
+        if taken != len(messages):
+            raise RoundError(f"the grid took {taken} of {len(messages)} messages")
         self._takers.update(zip(ids, (take for _, take in messages), strict=True))
 
     def turn(self) -> None:
@@ -74,12 +87,28 @@ class Trained:
     ----------
     start : Start
         The version that it began with.
-    reply : Message
-        The client's; of an error, if it failed for good.
+    arrays : Arrays
+        The client's model; empty if it failed.
+    metrics : mapping
+        What it says of its training.
+    problem : str
+        Why it is of no use; empty if it is.
     """
 
     start: Start
-    reply: Message
+    arrays: Arrays
+    metrics: Mapping[str, Any]
+    problem: str
+
+    @classmethod
+    def of(cls, reply: Message, start: Start) -> Self:
+        """Read a reply."""
+        if not reply.has_content():
+            return cls(start, {}, {}, str(reply.error.reason))
+        arrays = records.to_arrays(records.arrays_of(reply))
+        finite = all(np.isfinite(array).all() for array in arrays.values())
+        problem = "" if finite else "its model is not finite"
+        return cls(start, arrays, records.metrics_of(reply), problem)
 
 
 class Trainings:
@@ -116,63 +145,89 @@ class Trainings:
         self._exchange, self._settings, self._roster, self._work = exchange, settings, roster, work
         self._ahead = WAVES * at_a_time if ahead is None else ahead
         self._in_waves, self._wave = in_waves, at_a_time if ahead is None else max(1, ahead)
-        self._ready: list[tuple[float, int, Job, Start]] = []  # a heap, by arrival
-        self._under_way: dict[int, Start] = {}  # by the job's number
+        self._begun: dict[int, tuple[Job, Start]] = {}  # and not given out, by number
+        self._ready: list[tuple[float, int]] = []  # a heap of arrivals and numbers
+        self._under_way: set[int] = set()
         self._done: dict[int, Trained] = {}
 
     def begin(self, jobs: Iterable[Job], start: Start) -> None:
         """Let jobs be trained whose update will arrive; who is lost costs no real work."""
         for job in jobs:
             if job.fate == "update":
-                heapq.heappush(self._ready, (job.ended, job.number, job, start))
+                self._begun[job.number] = job, start
+                heapq.heappush(self._ready, (job.ended, job.number))
         self._fill()
 
     def result(self, job: Job) -> Trained:
         """Return what came of a job, once; wait for it if need be."""
-        while job.number not in self._done:
+        number = job.number
+        while number not in self._done:
             if self._in_waves and not self._under_way:
-                self._push(self._wave, job)
-            elif not self._in_waves and job.number not in self._under_way:
-                self._push(0, job)
-            if not self._under_way:
-                raise AssertionError(f"{job} was never begun")
+                self._push(self._wave, number)
+            elif not self._in_waves and number not in self._under_way:
+                self._push(0, number)
             self._exchange.turn()
             self._fill()
-        return self._done.pop(job.number)
+        del self._begun[number]
+        return self._done.pop(number)
 
     def drop(self, server: int) -> None:
         """Forget the jobs of a server that makes no version any more."""
-        self._ready = [entry for entry in self._ready if entry[2].server != server]
+        for number in [n for n, (job, _) in self._begun.items() if job.server == server]:
+            del self._begun[number]
+            self._done.pop(number, None)
+        self._ready = [entry for entry in self._ready if entry[1] in self._begun]
         heapq.heapify(self._ready)
+
+    def state(self) -> tuple[dict[int, Start], dict[int, Trained]]:
+        """Return the starts of all jobs that are not given out, and what came of some of them.
+
+        A wave is waited for: who trained in it must be known to go on with the same ones.
+        """
+        while self._in_waves and self._under_way:
+            self._exchange.turn()
+        return {number: start for number, (_, start) in self._begun.items()}, dict(self._done)
+
+    def restore(self, begun: Iterable[tuple[Job, Start]], done: Mapping[int, Trained]) -> None:
+        """Go on from a checkpoint: train again what was not done."""
+        self._done.update(done)
+        for job, start in begun:
+            self._begun[job.number] = job, start
+            if job.number not in done:
+                heapq.heappush(self._ready, (job.ended, job.number))
+        self._fill()
 
     def _fill(self) -> None:
         if not self._in_waves:
             self._push(self._ahead - len(self._under_way) - len(self._done))
 
-    def _push(self, number: int, needed: Job | None = None) -> None:
-        """Begin so many trainings, those that arrive first, and more until the needed one is."""
-        messages: list[tuple[Message, Take]] = []
-        found = needed is None
-        while self._ready and (len(messages) < number or not found):
-            _, _, job, start = heapq.heappop(self._ready)
-            found = found or job is needed
-            self._under_way[job.number] = start
-            messages.append((self._message(job, start), partial(self._take, job.number)))
-        if messages:
-            self._exchange.send(messages)
+    def _push(self, most: int, needed: int | None = None) -> None:
+        """Begin so many trainings, those that arrive first, and in any case the needed one."""
+        numbers: list[int] = []
+        if needed is not None:
+            numbers.append(needed)
+            self._ready = [entry for entry in self._ready if entry[1] != needed]
+            heapq.heapify(self._ready)
+        while self._ready and len(numbers) < most:
+            numbers.append(heapq.heappop(self._ready)[1])
+        if numbers:
+            self._under_way.update(numbers)
+            self._exchange.send([(self._message(n), partial(self._take, n)) for n in numbers])
 
-    def _message(self, job: Job, start: Start) -> Message:
-        h = self._settings.hierarchy
+    def _message(self, number: int) -> Message:
+        (job, start), h = self._begun[number], self._settings.hierarchy
         config = records.train_config(self._settings, h.learning_rate(job.version + 1), h.prox_mu)
         config[records.ROUND] = 1  # one round for all: what a worker trains with is kept
-        config[records.JOB], config[records.CLIENT_ID] = job.number, job.client
+        config[records.JOB], config[records.CLIENT_ID] = number, job.client
         config[records.WORK] = self._work(job.client)
         address = Address(records.TRAIN, job.leaf, job.client)
         node = self._roster[job.client]
         return records.instruction(node, MessageType.TRAIN, config, start.record, address)
 
     def _take(self, number: int, reply: Message) -> None:
-        self._done[number] = Trained(self._under_way.pop(number), reply)
+        self._under_way.remove(number)
+        if number in self._begun:  # not dropped meanwhile
+            self._done[number] = Trained.of(reply, self._begun[number][1])
 
 
 class HeldOutTest:
@@ -201,7 +256,7 @@ class HeldOutTest:
         model: Start,
         leaf: int,
     ) -> None:
-        self._exchange, self._results = exchange, dict[int, Evaluation]()
+        self._exchange, self._results = exchange, dict[int, Evaluation | None]()
         if data.num_held_out:
             shards = -(-data.num_held_out // SHARD)
             self._split, self._parts = records.HELD_OUT, range(shards)
@@ -231,17 +286,23 @@ class HeldOutTest:
     def result(self) -> Evaluation:
         """Return the evaluation on all of them; wait for it if need be.
 
+        A part that could not be evaluated is left out.
+
         Raises
         ------
         RoundError
-            If a part could not be evaluated.
+            If none could.
         """
         while len(self._results) < len(self._parts):
             self._exchange.turn()
-        return pool(self._results[part] for part in self._parts)
+        if found := [e for part in self._parts if (e := self._results[part]) is not None]:
+            return pool(found)
+        raise RoundError("no part of the held-out examples could be evaluated: see the log")
 
     def _take(self, part: int, reply: Message) -> None:
-        if not reply.has_content():
-            reason = reply.error.reason
-            raise RoundError(f"a model cannot be evaluated on held-out examples: {reason}")
-        self._results[part] = records.get_evaluations(reply)[self._split]
+        self._results[part] = None
+        if reply.has_content():
+            self._results[part] = records.get_evaluations(reply)[self._split]
+        else:
+            name = "shard" if self._split == records.HELD_OUT else "client"
+            log.warning("%s %d left out of an evaluation: %s", name, part, reply.error.reason)
