@@ -8,6 +8,7 @@ updates, and let the cloud meet the leaf servers when they are due.
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fedge_sim import checkpoint, cloud, records
+from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.asynchronous import ServerRule, Update
 from fedge_sim.algorithms.server_rules import server_rule
 from fedge_sim.client import initial_model
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SAVE_SECONDS = 60.0  # between two checkpoints
+ATTENTION_SECONDS = 0.02  # between two looks at trainings while a version is made
 FAILURES = 10  # of devices one after the other, that a run bears at the least
 
 
@@ -133,6 +136,7 @@ class DeviceRun:
         self._resumed, self._ahead = folder, ahead
         self._started = self._saved_at = time.monotonic()
         self._updates = self._failures = self._position = 0
+        self._now = 0.0  # simulated seconds
         self._accuracies: list[float] = []
         self._tests: list[Test] = []  # one at most: it is collected before the next begins
         self._reason: str | None = None  # to end the run
@@ -155,10 +159,9 @@ class DeviceRun:
         count = h.num_servers if settings.asynchronous.server == "leaf" else 1
         form = (data.example_shape, len(data.classes))
         names = self._trainable.keys()
-        self._servers = [
-            Server(first, server_rule(settings, names, i, *form)) for i in range(count)
-        ]
-        self._cloud = cloud.initial_state(first.arrays, count)
+        rules = (server_rule(settings, names, server, *form) for server in range(count))
+        self._servers = [Server(first, rule, tested=first) for rule in rules]
+        self._cloud = cloud.initial_state(first.arrays, h.num_servers)
         self._exchange = Exchange(self.grid)
         self._trainings = self._open_trainings()
         self._size = size = first.record.count_bytes()
@@ -196,7 +199,7 @@ class DeviceRun:
             for callback in self.callbacks:
                 callback.on_run_start(self._info)
             for event in events:
-                self._position += 1
+                self._position, self._now = self._position + 1, event.time
                 self._handle(event)
                 self._save_if_due(event)
                 if self._reason:
@@ -204,7 +207,7 @@ class DeviceRun:
             self._collect()
             for index, server in enumerate(self._servers):
                 if not self._reason and server.model is not server.tested:  # out of devices
-                    self._test_server(index, server.version, event.time)
+                    self._test_server(index, server.version, self._now)
                     self._collect()
             if self._reason:
                 log.info("ended after %d updates: %s", self._updates, self._reason)
@@ -234,7 +237,7 @@ class DeviceRun:
         found = [(job, self._trainings.result(job)) for job in event.jobs]
         updates = [u for job, trained in found if (u := self._update(event, job, trained))]
         if updates:
-            arrays = server.rule.make_version(server.model.arrays, updates, event.made)
+            arrays = self._apply(server, updates, event.made)
             server.model = Start(arrays)
             if self.settings.asynchronous.server == "cloud":
                 self._cloud = CloudState(event.version, (0,) * h.num_servers, (arrays,), arrays)
@@ -246,6 +249,20 @@ class DeviceRun:
             self._trainings.drop(event.server)
         if event.last or event.made % self.settings.devices.eval_frequency == 0:
             self._test_server(event.server, event.version, event.time)
+
+    def _apply(self, server: Server, updates: Sequence[Update], made: int) -> Arrays:
+        """Return a server's next model; trainings are begun and taken in while it is made.
+
+        Distillation takes as long as many trainings, and actors are given work by this thread.
+        """
+        make = partial(server.rule.make_version, server.model.arrays, updates, made)
+        if self.settings.asynchronous.rule != "fedrevive":
+            return make()
+        with ThreadPoolExecutor(1) as thread:
+            future = thread.submit(make)
+            while not future.done():
+                self._trainings.go_on(ATTENTION_SECONDS)
+            return future.result()
 
     def _ask(self) -> None:
         """Let the cloud average the leaf servers' models of this moment, each cluster's own."""
@@ -446,6 +463,7 @@ class DeviceRun:
         done = {int(n): Trained(starts[int(n)], *parts) for n, parts in tree["done"].items()}
         begun: list[tuple[Job, Start]] = []
         for event in islice(events, self._position):
+            self._now = event.time
             if isinstance(event, Dispatched):
                 begun += [(j, starts[j.number]) for j in event.jobs if j.number in starts]
         self._trainings.restore(begun, done)

@@ -57,12 +57,12 @@ class Exchange:
             raise RoundError(f"the grid took {taken} of {len(messages)} messages")
         self._takers.update(zip(ids, (take for _, take in messages), strict=True))
 
-    def turn(self) -> None:
+    def turn(self, seconds: float = TURN_SECONDS) -> None:
         """Wait a little for replies, and hand out those that came."""
-        if isinstance(self._grid, LocalGrid):
-            self._grid.wait(TURN_SECONDS)
+        if self._takers and isinstance(self._grid, LocalGrid):
+            self._grid.wait(seconds)
         else:
-            time.sleep(POLL_SECONDS)
+            time.sleep(min(seconds, POLL_SECONDS))
         for reply in self._grid.pull_messages(list(self._takers)):
             self._takers.pop(reply.metadata.reply_to_message_id)(reply)
 
@@ -166,10 +166,14 @@ class Trainings:
                 self._push(self._wave, number)
             elif not self._in_waves and number not in self._under_way:
                 self._push(0, number)
-            self._exchange.turn()
-            self._fill()
+            self.go_on(TURN_SECONDS)
         del self._begun[number]
         return self._done.pop(number)
+
+    def go_on(self, seconds: float) -> None:
+        """Wait a little for trainings, and begin others in the place of those that are done."""
+        self._exchange.turn(seconds)
+        self._fill()
 
     def drop(self, server: int) -> None:
         """Forget the jobs of a server that makes no version any more."""
