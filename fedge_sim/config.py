@@ -452,7 +452,8 @@ def split_overrides(text: object) -> list[str]:
     """Split ``"a.b=1 c.d=[1, 2]"`` into its assignments; blanks inside values are kept."""
     if not isinstance(text, str):
         raise ConfigError.at("app.config", "overrides", text, "must be text of table.key=value")
-    return [pair for pair in re.split(r"\s+(?=[\w.\-]+=)", text.strip()) if pair]
+    # A path has a dot, and a key inside of an inline table has none.
+    return [pair for pair in re.split(r"\s+(?=[\w\-]+\.[\w.\-]+=)", text.strip()) if pair]
 
 
 def _read_tables(file: Path) -> dict[str, Any]:

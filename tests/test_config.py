@@ -204,6 +204,13 @@ def test_overrides_split_into_their_assignments(pairs):
     assert split_overrides(text) == [f"{path}={value}" for path, value in pairs]
 
 
+def test_a_table_in_an_override_may_have_blanks():
+    speed = "devices.device_speed={mean=[1.0, 2.0], std=0.2, shares=[0.5, 0.5]}"
+    assert split_overrides(f"devices.enable=true {speed} devices.dropout=0.1") == [
+        *("devices.enable=true", speed, "devices.dropout=0.1")
+    ]
+
+
 WRONG = {
     "hierarchy.global_round=5": "[hierarchy] global_round = 5: unknown key; did you mean 'global_rounds'?",
     "hierachy.global_rounds=5": "[hierachy]: unknown table; did you mean 'hierarchy'?",
