@@ -6,10 +6,11 @@ updates, and let the cloud meet the leaf servers when they are due.
 """
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,7 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAVE_SECONDS = 60.0  # between two checkpoints
+SAVE_SECONDS = 1.0  # between two checkpoints, at the least; the first is the first version's
+SAVE_SHARE = 0.05  # of the time, at most, that goes into them
 ATTENTION_SECONDS = 0.02  # between two looks at trainings while a version is made
 FAILURES = 10  # of devices one after the other, that a run bears at the least
 
@@ -134,9 +136,11 @@ class DeviceRun:
     ) -> None:
         self.settings, self.grid, self.callbacks = settings, grid, callbacks
         self._resumed, self._ahead = folder, ahead
-        self._started = self._saved_at = time.monotonic()
+        self._started = time.monotonic()
+        self._next_save = -math.inf
         self._updates = self._failures = self._position = 0
         self._now = 0.0  # simulated seconds
+        self._at_work: dict[int, Job] = {}  # by number: dispatched, and not over
         self._accuracies: list[float] = []
         self._tests: list[Test] = []  # one at most: it is collected before the next begins
         self._reason: str | None = None  # to end the run
@@ -199,7 +203,8 @@ class DeviceRun:
             for callback in self.callbacks:
                 callback.on_run_start(self._info)
             for event in events:
-                self._position, self._now = self._position + 1, event.time
+                self._position += 1
+                self._watch(event)
                 self._handle(event)
                 self._save_if_due(event)
                 if self._reason:
@@ -212,11 +217,22 @@ class DeviceRun:
             if self._reason:
                 log.info("ended after %d updates: %s", self._updates, self._reason)
             self._save(ended=True)
+            end = self._now
+            left = [replace(j, ended=min(j.ended, end)) for j in self._at_work.values()]
             for callback in self.callbacks:
-                callback.on_versions_end(self._cloud)
+                callback.on_versions_end(self._cloud, left)
         finally:
             for callback in self.callbacks:
                 callback.close()
+
+    def _watch(self, event: Event) -> None:
+        """Keep the time, and which jobs are under way."""
+        self._now = event.time
+        if isinstance(event, Dispatched):
+            self._at_work.update({job.number: job for job in event.jobs})
+        elif isinstance(event, VersionMade):
+            for job in (*event.jobs, *event.lost):
+                del self._at_work[job.number]
 
     def _handle(self, event: Event) -> None:
         """Do what an event says."""
@@ -338,7 +354,7 @@ class DeviceRun:
             train_loss=float(np.mean(losses)) if losses else float("nan"),
             num_examples=sum(update.num_examples for update in updates),
             bytes_up=size * len(came),
-            bytes_down=size * len(trained),
+            bytes_down=size * (len(trained) + len(event.lost)),
             seconds=time.monotonic() - self._started,
         )
         for callback in self.callbacks:
@@ -403,9 +419,11 @@ class DeviceRun:
 
     def _save_if_due(self, event: Event) -> None:
         whole = isinstance(event, VersionMade | CloudAnswers)
-        if whole and time.monotonic() - self._saved_at > SAVE_SECONDS:
+        if whole and (begun := time.monotonic()) >= self._next_save:
             self._collect()
             self._save(ended=False)
+            ended = time.monotonic()
+            self._next_save = ended + max(SAVE_SECONDS, (ended - begun) / SAVE_SHARE)
 
     def _save(self, *, ended: bool) -> None:
         """Write the checkpoint of this moment, in the place of the one before.
@@ -441,7 +459,6 @@ class DeviceRun:
             "csv_sizes": checkpoint.csv_sizes(self._info.folder),
         }
         checkpoint.save(self._info.folder / checkpoint.NAME, tree)
-        self._saved_at = time.monotonic()
 
     def _restore(self, folder: Path, events: Iterator[Event]) -> None:
         """Go back to a run's checkpoint: its timeline is the same again up to there."""
@@ -463,7 +480,7 @@ class DeviceRun:
         done = {int(n): Trained(starts[int(n)], *parts) for n, parts in tree["done"].items()}
         begun: list[tuple[Job, Start]] = []
         for event in islice(events, self._position):
-            self._now = event.time
+            self._watch(event)
             if isinstance(event, Dispatched):
                 begun += [(j, starts[j.number]) for j in event.jobs if j.number in starts]
         self._trainings.restore(begun, done)

@@ -426,7 +426,7 @@ def main(
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         typer.echo(
-            "stopped; finished rounds are kept: go on with --resume and the results folder",
+            "stopped; what is finished is kept: go on with --resume and the results folder",
             err=True,
         )
         raise typer.Exit(130) from None

@@ -6,6 +6,7 @@ A run that is finished is not done again.
 
 import csv
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fedge_sim.config import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "scripts" / "jobs" / "cifar10_16px.toml"
@@ -46,11 +49,11 @@ def main(
     output: Annotated[Path, typer.Option()] = Path("results/versions"),
 ) -> None:
     """Run what is not done yet, then print the table and draw the figure."""
-    variants = {name: RULES[name] for name in rules.split(",") if name}
+    variants = {name: _rule(name) for name in rules.split(",") if name}
     for text in also or []:
         label, _, rest = text.partition(":")
         name, *more = rest.split()
-        variants[label.strip()] = (*RULES[name], *more)
+        variants[label.strip()] = (*_rule(name), *more)
     runs: dict[str, list[dict[str, object]]] = {label: [] for label in variants}
     for seed in seeds.split(","):
         for label, settings in variants.items():
@@ -62,25 +65,38 @@ def main(
     _draw(runs, output / "accuracy.png")
 
 
+def _rule(name: str) -> tuple[str, ...]:
+    if name not in RULES:
+        raise typer.BadParameter(f"{name!r} is unknown; there is {', '.join(RULES)}")
+    return RULES[name]
+
+
 def _run(config: Path, place: Path, settings: list[str], updates: int) -> dict[str, object]:
     done = place / "done.json"
-    if not done.exists():
-        each = 100 if "asynchronous.rule=fedavg" in settings else 1
-        versions = [f"devices.max_model_version={updates // each}"]
-        versions += ["devices.eval_frequency=1"] if each > 1 else []
-        sets = [part for text in (*settings, *versions) for part in ("--set", text)]
+    selected = load_settings(config, assignments=settings).devices.device_selection_size
+    each = selected if "asynchronous.rule=fedavg" in settings else 1
+    if updates < each:
+        raise typer.BadParameter(f"--updates {updates}: a round of FedAvg alone has {each}")
+    versions = [f"devices.max_model_version={updates // each}"]
+    versions += ["devices.eval_frequency=1"] if each > 1 else []
+    asked = {"config": str(config), "settings": [*settings, *versions]}
+    told = json.loads(done.read_text()) if done.exists() else {}
+    if told and told["asked"] != asked:
+        raise typer.BadParameter(f"{place} has a run with other settings: take another --output")
+    if not told:
+        sets = [part for text in asked["settings"] for part in ("--set", text)]
         command = [sys.executable, "-m", "fedge_sim.orchestrator", "--config", str(config)]
-        place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)  # what was begun
+        place.mkdir(parents=True)
         started = time.perf_counter()
         with (place / "log.txt").open("w") as log:
-            subprocess.run(
-                [*command, *sets, "--output-dir", str(place)],
-                cwd=ROOT,
-                check=True,
-                stdout=log,
-                stderr=log,
+            call = subprocess.run(
+                [*command, *sets, "--output-dir", str(place)], cwd=ROOT, stdout=log, stderr=log
             )
-        done.write_text(json.dumps({"seconds": time.perf_counter() - started}))
+        if call.returncode:
+            raise SystemExit((place / "log.txt").read_text().splitlines()[-1])
+        told = {"asked": asked, "seconds": time.perf_counter() - started}
+        done.write_text(json.dumps(told))
     [folder] = [file.parent for file in place.glob("*/run.json")]
     [file] = folder.glob("metrics/*/held_out.csv")
     with file.open(newline="") as opened:
@@ -89,7 +105,7 @@ def _run(config: Path, place: Path, settings: list[str], updates: int) -> dict[s
             for row in csv.DictReader(opened)
             if row["what"] == "cloud" and row["server"] == "-1"
         ]
-    return {"points": points, "seconds": json.loads(done.read_text())["seconds"]}
+    return {"points": points, "seconds": told["seconds"]}
 
 
 def _table(runs: dict[str, list[dict[str, object]]], target: float) -> str:

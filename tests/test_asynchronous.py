@@ -189,7 +189,7 @@ def test_one_change_of_weight_one_is_that_change():
     ("rule", "expected"),
     [
         # Y1 is of staleness 0, Y2 of 2; alone for FedAsync
-        (("fedavg", "devices.num_updates_for_model=0"), [11.0, 12.0]),
+        (("fedavg", "devices.num_updates_for_model=0"), [1.0, 3.0]),  # x has moved since
         (("fedbuff", "asynchronous.staleness=constant"), [1.0, 3.0]),
         (("fedbuff", "asynchronous.staleness=hinge", "asynchronous.staleness_b=0.0"), [1.0, 2.0]),
         (("downweight", "asynchronous.beta=linear", "asynchronous.beta_factor=0.25"), [1.0, 2.0]),

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import json
+import math
 import subprocess
 import sys
 
@@ -323,6 +324,7 @@ def tables(folder):
 @pytest.mark.parametrize("rule", ["fedrevive", "leaf"])
 def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, monkeypatch, rule):
     monkeypatch.setattr(device_run, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
     made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'whole'}")
     _, whole = follow(made, callbacks=[VersionWriter()])
     made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'killed'}")
@@ -341,6 +343,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, monk
 
 def test_a_killed_run_goes_on_with_the_same_cohorts(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(device_run, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
     cohorts = [*RULES["fedbuff"], "runtime.training=cohort", "runtime.cohort_size=4"]
     made = settings(*cohorts, f"app.config.output-dir={tmp_path / 'whole'}")
     _, whole = follow(made, cohort=4)
@@ -447,6 +450,7 @@ def test_a_callbacks_reason_ends_the_run_however_often_it_is_saved(settings, mon
     ends = []
     for seconds in (1000.0, 0.0):
         monkeypatch.setattr(device_run, "SAVE_SECONDS", seconds)
+        monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
         told, _ = follow(settings(*RULES["fedbuff"]), callbacks=[Third()])
         ends.append(len(told.held_out))
     assert max(ends) < 8

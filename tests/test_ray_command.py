@@ -80,7 +80,7 @@ def test_ctrl_c_leaves_no_process_and_keeps_finished_rounds(command, tmp_path, h
     assert run.end() == 130
     _, alive = psutil.wait_procs(children, timeout=5 - (time.monotonic() - started))
     assert not alive
-    assert "stopped; finished rounds are kept: go on with --resume" in run.seen.splitlines()[-1]
+    assert "stopped; what is finished is kept: go on with --resume" in run.seen.splitlines()[-1]
     (folder,) = (tmp_path / "results").iterdir()
     rounds = table(folder / "metrics" / "seed_42" / "distributed_metrics.csv")
     assert [row["round"] for row in rounds][:2] == ["1", "2"]

@@ -90,7 +90,7 @@ def write(info, events, writer=None, seconds=1.0):
 def test_a_versions_row_by_hand():
     row = version_row(record_of(BY_HAND[1], 9.0))
     assert row == {
-        **{"server": 0, "version": 2, "simulated_seconds": 4.0, "updates": 1},
+        **{"server": 0, "version": 2, "simulated_seconds": 4.0, "updates": 1, "failed": 0},
         **{"mean_staleness": 1.0, "max_staleness": 1},
         **{"dropped_out": 0, "went_offline": 0, "timed_out": 1, "too_late": 0},
         **{"active": 3, "by_timeout": 0, "train_loss": 0.5},
@@ -100,13 +100,14 @@ def test_a_versions_row_by_hand():
 
 
 def test_totals_by_hand(tmp_path):
-    write(info_of(tmp_path), BY_HAND).on_versions_end(STATE)
+    under_way = [job(9, 1, 3.0, 4.0, 0.5)]
+    write(info_of(tmp_path), BY_HAND).on_versions_end(STATE, under_way)
     assert json.loads((tmp_path / "devices.json").read_text()) == {
         **{"versions": 2, "updates": 3, "simulated_seconds": 4.0, "seconds": 2.0},
-        "jobs": {"timed out": 1, "update": 3},
-        "mean_concurrency": pytest.approx((8 + 3 * (1 + 4 + 16 + 1) / (2 * 8)) / 4),
+        "jobs": {"timed out": 1, "under way": 1, "update": 3},
+        "mean_concurrency": pytest.approx((8 + 1) / 4),
         "idle_share": pytest.approx(1 - (0.5 + 1.5 + 3.0 + 1.0) / 8),
-        "devices_used": 4,
+        "devices_used": 5,
         "staleness": {"0": 2, "1": 1},
     }
 
@@ -118,7 +119,7 @@ def test_all_of_a_run_is_written_down(tmp_path, server):
     events = [e for e in timeline(info.settings, 100, 100) if isinstance(e, VersionMade)]
     writer = write(info, events)
     writer.on_held_out(held_out(0.5))
-    writer.on_versions_end(STATE)
+    writer.on_versions_end(STATE, [])
     versions, jobs = rows_of(tmp_path, "versions.csv"), rows_of(tmp_path, "jobs.csv")
     assert [(int(v["server"]), int(v["version"])) for v in versions] == [
         (event.server, event.version) for event in events
@@ -165,14 +166,14 @@ def test_a_run_that_is_resumed_has_all_of_it(tmp_path):
     for folder, cut in ((whole, len(events)), (parts, 12)):
         folder.mkdir()
         write(info_of(folder), events[:cut])
-        write(info_of(folder), events[cut:]).on_versions_end(STATE)
+        write(info_of(folder), events[cut:]).on_versions_end(STATE, [])
     assert (whole / "devices.json").read_text() == (parts / "devices.json").read_text()
     assert rows_of(whole, "jobs.csv") == rows_of(parts, "jobs.csv")
 
 
 def test_a_run_without_versions_has_no_totals(tmp_path):
     writer = write(info_of(tmp_path), [])
-    writer.on_versions_end(STATE)
+    writer.on_versions_end(STATE, [])
     assert not (tmp_path / "devices.json").exists()
 
 
@@ -183,7 +184,7 @@ def test_lost_jobs_alone_and_many_before_the_first_update(tmp_path):
         made(11, 3.0, [job(200, 0, 2.0, 3.0, 1.0)]),
         made(13, 4.0, [job(201, 10, 2.0, 4.0, 1.0)]),
     ]
-    write(info_of(tmp_path), events).on_versions_end(STATE)
+    write(info_of(tmp_path), events).on_versions_end(STATE, [])
     totals = json.loads((tmp_path / "devices.json").read_text())
     assert totals["jobs"] == {"update": 2, "went offline": 200}
     assert list(totals["staleness"]) == ["2", "10"]  # numbers in their order
@@ -243,7 +244,7 @@ def shown(info, events, terminal):
         callback.on_held_out(held_out(0.5))
         callback.on_held_out(held_out(0.9, what="leaf", server=1))
     for callback in callbacks:
-        callback.on_versions_end(STATE)
+        callback.on_versions_end(STATE, [])
         callback.close()
     return out.getvalue()
 

@@ -13,6 +13,7 @@ from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import ConfigError
 from fedge_sim.leaf import Gate
+from fedge_sim.runtime.rounds import Job
 from fedge_sim.runtime.timeline import CloudAnswers, VersionMade
 from fedge_sim.training.local import Evaluation
 
@@ -170,7 +171,7 @@ class VersionRecord:
     num_examples : int
         Training examples behind its updates.
     bytes_up, bytes_down : int
-        Of its jobs.
+        Of its jobs; down also of those that were lost before it.
     seconds : float
         Wall time since the run began.
     """
@@ -257,8 +258,11 @@ class Callback:
     def on_cloud_step(self, event: CloudAnswers, state: CloudState) -> None:
         """After the cloud grouped and averaged leaf servers that make versions."""
 
-    def on_versions_end(self, state: CloudState) -> None:
-        """After the last version, with the cloud's models then."""
+    def on_versions_end(self, state: CloudState, left: Sequence[Job]) -> None:
+        """After the last version: the cloud's models then, and the jobs that were under way.
+
+        Such a job ends with the run, if not before.
+        """
 
     def close(self) -> None:
         """After the run, however it ended."""

@@ -12,12 +12,13 @@ from matplotlib.ticker import MaxNLocator
 
 from fedge_sim.errors import FedgeError
 from fedge_sim.reporting.figures import DPI, LINE_COLOURS, LINE_STYLES, STYLE, WIDTH
+from fedge_sim.reporting.versions import LEFT
 
 MOST_LINES = 20  # of leaf servers, in one figure
 
 
 def totals(metrics: Path) -> dict[str, Any]:
-    """Return the sums over all jobs that are over, and all versions.
+    """Return the sums over all jobs and versions.
 
     Parameters
     ----------
@@ -30,18 +31,16 @@ def totals(metrics: Path) -> dict[str, Any]:
         ``versions``, ``updates``; ``simulated_seconds`` up to the last version; ``seconds`` of
         wall time, over all parts of a run that was resumed; ``jobs`` by fate;
         ``mean_concurrency``, the jobs under way on average over simulated time; ``idle_share`` of
-        the devices' time at work, in which they do not compute; ``devices_used``; and
-        ``staleness``, how many updates had each. Jobs still under way at a server's last version
-        are in the concurrency alone, each with the mean age of a job d seconds long that is met
-        at some moment, E[d^2] / (2 E[d]) (Cox 1962).
+        the time that devices were at work, those that are over, in which they do not compute;
+        ``devices_used``; and ``staleness``, how many updates had each.
     """
     jobs = pl.scan_csv(metrics / "jobs.csv", schema_overrides={"staleness": pl.Int64})
     versions = pl.scan_csv(metrics / "versions.csv")
-    took = pl.col("ended") - pl.col("started")
+    took, over = pl.col("ended") - pl.col("started"), pl.col("fate") != LEFT
     sums = jobs.select(
         at_work=took.sum(),
-        squares=(took * took).sum(),
-        computed=pl.col("training").sum(),
+        over=took.filter(over).sum(),
+        computed=pl.col("training").filter(over).sum(),
         devices=pl.col("client").n_unique(),
     ).collect(engine="streaming")
     since = pl.col("seconds") - pl.col("seconds").shift(fill_value=0)
@@ -52,16 +51,13 @@ def totals(metrics: Path) -> dict[str, Any]:
         # Where a run was resumed, the count begins anew.
         seconds=pl.when(since < 0).then(pl.col("seconds")).otherwise(since).sum(),
     ).collect(engine="streaming")
-    last = versions.group_by("server").agg(pl.col("active").sort_by("version").last())
-    under_way = last.select(pl.col("active").sum()).collect(engine="streaming").item()
-    at_work, squares, computed, devices = sums.row(0)
-    age = squares / (2 * at_work) if at_work else 0.0
+    at_work, at_work_over, computed, devices = sums.row(0)
     simulated = ends["simulated_seconds"].item()
     return {
         **ends.row(0, named=True),
         "jobs": _counts(jobs, "fate"),
-        "mean_concurrency": (at_work + under_way * age) / simulated if simulated else 0.0,
-        "idle_share": 1 - computed / at_work if at_work else 0.0,
+        "mean_concurrency": at_work / simulated if simulated else 0.0,
+        "idle_share": 1 - computed / at_work_over if at_work_over else 0.0,
         "devices_used": devices,
         "staleness": _counts(jobs.filter(pl.col("fate") == "update"), "staleness"),
     }

@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +29,7 @@ from fedge_sim.reporting.base import (
 )
 from fedge_sim.reporting.stopping import is_of_all
 from fedge_sim.reporting.versions import LOSSES, TOTALS, versions_written
+from fedge_sim.runtime.rounds import Job
 
 log = logging.getLogger(__name__)
 
@@ -225,7 +227,7 @@ class VersionReporter(Callback):
                 *(record.test.accuracy, record.test.loss, record.seconds),
             )
 
-    def on_versions_end(self, state: CloudState) -> None:
+    def on_versions_end(self, state: CloudState, left: Sequence[Job]) -> None:
         """Print what the run sums up to, and where the results are."""
         self.close()
         if (file := self._folder / TOTALS).exists():

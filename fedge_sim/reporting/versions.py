@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,12 @@ from fedge_sim.reporting.tables import ClusterFiles, append_rows, write_json, wr
 
 if TYPE_CHECKING:
     from fedge_sim.cloud import CloudState
+    from fedge_sim.runtime.rounds import Job
     from fedge_sim.runtime.timeline import CloudAnswers, VersionMade
 
 VERSIONS, JOBS, HELD_OUT = "versions.csv", "jobs.csv", "held_out.csv"
 TOTALS = "devices.json"
+LEFT = "under way"  # at the end of the run, in the place of a fate
 LOSSES = ("dropped out", "went offline", "timed out", "too late")
 
 
@@ -48,10 +50,12 @@ class VersionWriter(Callback):
         """Add how the leaf servers were grouped."""
         self._clusters.write(event.step, state, event.time)
 
-    def on_versions_end(self, state: "CloudState") -> None:
+    def on_versions_end(self, state: "CloudState", left: Sequence["Job"]) -> None:
         """Write ``devices.json``, and draw accuracy against time, and staleness."""
         if not (self._metrics / JOBS).exists():
             return  # no version was made
+        if left:
+            append_rows(self._metrics / JOBS, [job_row(job, LEFT) for job in left])
         from fedge_sim.reporting.device_totals import draw_accuracy, draw_staleness, totals
 
         found = totals(self._metrics)
@@ -102,19 +106,26 @@ def job_rows(event: "VersionMade") -> Iterator[dict[str, Any]]:
 
     ``staleness`` is how many versions its server had made since; of a lost one there is none.
     """
-    for job in (*event.jobs, *event.lost):
-        yield {
-            "job": job.number,
-            "client": job.client,
-            "server": job.server,
-            "leaf": job.leaf,
-            "version": job.version,
-            "started": job.started,
-            "ended": job.ended,
-            "training": job.training,
-            "fate": job.fate,
-            "staleness": event.version - 1 - job.version if job.fate == "update" else "",
-        }
+    for job in event.jobs:
+        yield job_row(job, job.fate, event.version - 1 - job.version)
+    for job in event.lost:
+        yield job_row(job, job.fate)
+
+
+def job_row(job: "Job", fate: str, staleness: int | str = "") -> dict[str, Any]:
+    """Return what became of a job."""
+    return {
+        "job": job.number,
+        "client": job.client,
+        "server": job.server,
+        "leaf": job.leaf,
+        "version": job.version,
+        "started": job.started,
+        "ended": job.ended,
+        "training": job.training,
+        "fate": fate,
+        "staleness": staleness,
+    }
 
 
 def held_out_row(record: HeldOut) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The models of the last round or version, as safetensors, with a note that says how to load."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors.numpy import save_file
@@ -8,6 +9,7 @@ from fedge_sim.algorithms import Arrays
 from fedge_sim.cloud import CloudState
 from fedge_sim.reporting.base import Callback, RoundRecord, RunInfo
 from fedge_sim.reporting.tables import write_json
+from fedge_sim.runtime.rounds import Job
 
 # How to load a model: the capital names stand for this file's values (MEAN and STD for those of
 # one client where each has its own), FILE for a file beside it,
@@ -47,7 +49,7 @@ class WeightWriter(Callback):
         """Replace the models by those of this round; a kill leaves a whole file of each."""
         self._write(record.global_round, record.cloud)
 
-    def on_versions_end(self, state: CloudState) -> None:
+    def on_versions_end(self, state: CloudState, left: Sequence[Job]) -> None:
         """Write the models of the last version, or of the cloud's last step."""
         self._write(state.global_round, state)
 
