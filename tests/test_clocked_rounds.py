@@ -1,13 +1,18 @@
 """Rounds of all clients on the virtual clock: how long they last, and who is lost."""
 
 import csv
+import io
+import logging
+import re
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fedge_sim import client_app, records
 from fedge_sim.errors import ConfigError
 from fedge_sim.orchestrator import Orchestrator
+from fedge_sim.reporting.progress import ConsoleReporter
 from fedge_sim.runtime.in_process import InProcessGrid
 from tests.conftest import Keep, run, same_models
 
@@ -118,3 +123,13 @@ def test_simulated_seconds_stand_beside_every_round(small, tmp_path):
         with table.open(newline="") as file:
             found = {(row["round"], row["simulated_seconds"]) for row in csv.DictReader(file)}
         assert found == {("1", "2.5"), ("2", "5.0")}
+
+
+def test_the_console_says_the_simulated_time_and_who_was_lost(small, caplog):
+    late = ["devices.job_timeout=3.0", "hierarchy.global_rounds=2"]
+    speed = 'devices.device_speed={distribution="exponential", mean=2.0}'
+    shown = io.StringIO()
+    with caplog.at_level(logging.INFO):
+        run(small(*CLOCK, *late, speed), [ConsoleReporter(Console(file=shown, width=120))])
+    assert re.search(r"round 2/2 .* s  simulated \d\.\d s, \d timed out", caplog.text)
+    assert re.search(r"s a round  simulated \d\.\d s, \d timed out", shown.getvalue())

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -109,13 +111,14 @@ class ConsoleReporter(Callback):
             )
             return
         log.info(
-            "round %d/%d  leaf accuracy %.4f  client accuracy %.4f  clusters %s  %.1f s",
+            "round %d/%d  leaf accuracy %.4f  client accuracy %.4f  clusters %s  %.1f s%s",
             record.global_round,
             self._settings.hierarchy.global_rounds,
             record.mean_leaf_accuracy,
             record.mean_client_accuracy,
             clusters,
             record.seconds,
+            _simulated(record),
         )
 
     def on_run_end(self, last: RoundRecord) -> None:
@@ -145,7 +148,8 @@ class ConsoleReporter(Callback):
             f"mean client accuracy of {whose}: {last.mean_client_accuracy:.2%}\n"
             f"one model for all (the average of the leaves): {last.central_test.accuracy:.2%}\n"
             f"clusters: {_clusters(last.cloud)}; {seconds:.1f} s, "
-            f"{seconds / (last.global_round - self._done_before):.1f} s a round\n"
+            f"{seconds / (last.global_round - self._done_before):.1f} s a round"
+            f"{_simulated(last)}\n"
             f"results: {self._folder}",
             highlight=False,
             soft_wrap=True,
@@ -154,6 +158,15 @@ class ConsoleReporter(Callback):
     def close(self) -> None:
         """Take the bar off the screen."""
         self._progress.stop()
+
+
+def _simulated(record: RoundRecord) -> str:
+    """Return the time on the virtual clock and who was lost in the round, if there is one."""
+    if math.isnan(record.simulated_seconds):
+        return ""
+    lost = Counter[str](client.fate for client in record.clients if client.lost)
+    names = "".join(f", {number} {fate}" for fate, number in sorted(lost.items()))
+    return f"  simulated {record.simulated_seconds:,.1f} s{names}"
 
 
 def _clusters(state: CloudState) -> str:
