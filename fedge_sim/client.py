@@ -43,7 +43,7 @@ def train_settings(settings: Settings, lr: float, prox_mu: float) -> TrainSettin
     how = TrainSettings(
         lr=lr,
         local_epochs=h.local_epochs,
-        local_steps=_local_steps(settings),
+        local_steps=settings.local_steps,
         batch_size=batch_size,
         accumulation=accumulation,
         momentum=h.momentum,
@@ -54,12 +54,6 @@ def train_settings(settings: Settings, lr: float, prox_mu: float) -> TrainSettin
         optimizer=h.optimizer,
     )
     return pfedme_settings(how, h) if h.client_rule == "pfedme" else how
-
-
-def _local_steps(settings: Settings) -> int:
-    """Return after how many steps a client's training ends; 0 if by epochs."""
-    devices = settings.devices
-    return (devices.enable and devices.local_iters) or settings.hierarchy.local_steps
 
 
 def initial_model(settings: Settings, example_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -228,10 +222,10 @@ def _steps(settings: Settings, data: FederatedData) -> int:
     size = batch_size * accumulation
     if settings.by_versions:  # of devices, which are not all looked at: the first stands for them
         an_epoch = -(-len(data.clients[0].train) // size)
-        a_job = _local_steps(settings) or h.local_epochs * an_epoch
+        a_job = settings.local_steps or h.local_epochs * an_epoch
         return settings.devices.max_model_version * settings.updates_for_model * a_job
     epochs = (-(-len(client.train) // size) for client in data.clients)
-    each = (_local_steps(settings) or h.local_epochs * steps for steps in epochs)
+    each = (settings.local_steps or h.local_epochs * steps for steps in epochs)
     inner = h.pfedme_steps if h.client_rule == "pfedme" else 1
     share = 1.0 if h.client_rule == "centralised" else h.participation
     return int(inner * share * h.global_rounds * h.server_rounds_per_global * sum(each))

@@ -316,7 +316,7 @@ def _steps_of_a_job(settings: Settings, steps: Callable[[int], int] | None) -> C
     """Return what a device's speed is multiplied by in a job."""
     if settings.devices.device_speed_per == "job":
         return lambda _: 1
-    if fixed := settings.devices.local_iters or settings.hierarchy.local_steps:
+    if fixed := settings.local_steps:
         return lambda _: fixed
     if steps is None:
         problem = 'needs the steps of a job: set devices.local_iters, or use "job"'
