@@ -262,6 +262,11 @@ def test_a_log_has_a_line_for_each_evaluation(tmp_path, caplog):
         assert part in text
 
 
+def test_a_run_too_short_to_distil_is_told_so(tmp_path, caplog):
+    shown(info_of(tmp_path, rule="fedrevive"), BY_HAND, terminal=False)
+    assert "nothing is distilled before version 101 of 30" in caplog.text
+
+
 def test_a_terminal_has_a_bar(tmp_path, caplog):
     info = info_of(tmp_path, server="leaf", cloud_interval=5.0)
     with caplog.at_level(logging.INFO):

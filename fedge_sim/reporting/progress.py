@@ -210,12 +210,16 @@ class VersionReporter(Callback):
             *(settings.data.partition, info.num_parameters),
         )
         log.info("results: %s", info.folder)
+        versions, own = settings.devices.max_model_version, settings.fedrevive
+        begins = max(own.freeze_versions, own.warmup_versions)
+        if settings.asynchronous.rule == "fedrevive" and versions <= begins:
+            log.warning("nothing is distilled before version %d of %d", begins + 1, versions)
         self._folder = info.folder
         self._last: HeldOut | None = None
         servers = h.num_servers if at_leaves else 1
         self._task = self._progress.add_task(
             "versions",
-            total=servers * settings.devices.max_model_version,
+            total=servers * versions,
             completed=versions_written(info),
             simulated="0 s",
             accuracy="-",
