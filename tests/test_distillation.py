@@ -105,9 +105,10 @@ def test_rows_follow_a_mix_of_classes():
     "shape", [(6, 100), (2, 5), (3, 32, 32), (3, 16, 16), (1, 9, 7), (1, 1, 1)]
 )
 def test_generated_examples_are_standardised(shape):
-    generator = Generator(shape, 8, 4)
+    generator = Generator(shape, 4, 8, 4)
     initialise(generator, torch.Generator().manual_seed(0))
-    x = generator(torch.randn(64, 8, generator=torch.Generator().manual_seed(1))).detach()
+    z = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    x = generator(z, torch.arange(64) % 4).detach()
     assert x.shape == (64, *shape)
     axes = (0, *range(2, x.dim()))
     torch.testing.assert_close(x.mean(axes), torch.zeros(shape[0]), atol=1e-4, rtol=0)
@@ -118,7 +119,7 @@ def test_a_generator_refuses_feature_vectors():
     with pytest.raises(
         ConfigError, match=r'variant = "generator": .*\(561,\): use variant = "light"'
     ):
-        Generator((561,), 8, 4)
+        Generator((561,), 6, 8, 4)
 
 
 def test_batch_norm_gaps_by_hand():
@@ -216,7 +217,7 @@ def test_the_target_of_unlabelled_examples_is_the_plain_mean():
 
 
 def test_the_target_of_made_up_samples_weighs_teachers_by_class():
-    source = Synthesiser(Generator((3, 4), 8, 4), FedRevive(kd_steps=1))
+    source = Synthesiser(Generator((3, 4), 2, 8, 4), FedRevive(kd_steps=1))
     source.x, source.labels = torch.zeros(2, 12), np.array([0, 1])
     layers = [nn.Linear(12, 2) for _ in range(2)]
     for layer, logits in zip(layers, ([0.0, 50.0], [50.0, 0.0]), strict=True):
@@ -240,7 +241,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted():
 
 def synthesised(trained, rounds, **more):
     s = FedRevive(noise_size=16, generator_width=8, synthesis_batch_size=32, **more)
-    generator = Generator(SHAPE, s.noise_size, s.generator_width)
+    generator = Generator(SHAPE, CLASSES, s.noise_size, s.generator_width)
     initialise(generator, torch.Generator().manual_seed(0))
     source = Synthesiser(generator, s)
     own, random = teacher(trained), np.random.default_rng(0)
@@ -277,9 +278,22 @@ def test_the_generator_itself_learns(trained):
         more = {"generator_steps": 10, "one_hot": 0.0, "batch_norm": 1.0}
         source, own = synthesised(trained, rounds, **more)
         z = torch.randn(64, 16, generator=torch.Generator().manual_seed(1))
-        return gap(own.network, source.generator(z))
+        return gap(own.network, source.generator(z, torch.arange(64) % CLASSES))
 
     assert gap_after(10) < 0.8 * gap_after(0)
+
+
+def test_the_generator_itself_learns_what_a_class_is(trained):
+    """New noise becomes what the teacher takes for the class that was asked for."""
+
+    def right_after(rounds):
+        source, own = synthesised(trained, rounds, generator_steps=10)
+        z = torch.randn(256, 16, generator=torch.Generator().manual_seed(1))
+        wanted = torch.arange(256) % CLASSES
+        return (own.network(source.generator(z, wanted)).argmax(1) == wanted).float().mean()
+
+    assert right_after(0) < 0.5  # chance is 0.25
+    assert right_after(10) > 0.85
 
 
 def test_a_teacher_answers_for_each_sample_once_and_as_if_asked_again(trained):

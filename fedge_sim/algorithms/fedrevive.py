@@ -83,7 +83,7 @@ class FedRevive:
             x = unlabelled(Path(own.unlabelled_data), example_shape)
             self.source = Unlabelled(x, own, self._device)
         else:
-            generator = Generator(example_shape, own.noise_size, own.generator_width)
+            generator = Generator(*self._shape, own.noise_size, own.generator_width)
             initialise(generator, torch_generator(settings.seed, "generator", server))
             self.source = Synthesiser(self._place(generator), own)
         self.skipped_steps = 0

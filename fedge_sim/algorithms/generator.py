@@ -1,4 +1,4 @@
-"""A network from noise to made-up examples, as a client sees real ones: standardised."""
+"""A network from noise and a class to made-up examples, standardised as real ones are."""
 
 from math import ceil
 
@@ -12,17 +12,19 @@ SLOPE = 0.2
 class Generator(nn.Module):
     """Linear, then twice (upsample x2, conv 3, BatchNorm, LeakyReLU), conv 3, tanh, BatchNorm.
 
-    The last layer has neither scale nor shift: each channel of a batch has mean 0 and variance
-    1, as standardised examples have, and no statistic of real ones is needed. All normalisation
-    is by the batch. Windows are images of height 1, which is left as it is.
+    Its input is noise plus an embedding of the class. The last layer has neither scale nor shift:
+    each channel of a batch has mean 0 and variance 1, as standardised examples have, and no
+    statistic of real ones is needed. All normalisation is by the batch. Windows are images of
+    height 1, which is left as it is.
 
     Parameters
     ----------
     example_shape : tuple of int
         (channels, samples) or (channels, height, width), of any size: what is generated is a
         multiple of 4 and then cropped.
+    num_classes : int
     noise_size : int
-        Values of its input.
+        Values of its input, and of a class's embedding.
     width : int
         Channels of the last hidden layer; those before it have twice as many.
 
@@ -32,7 +34,9 @@ class Generator(nn.Module):
         If examples have another shape.
     """
 
-    def __init__(self, example_shape: tuple[int, ...], noise_size: int, width: int) -> None:
+    def __init__(
+        self, example_shape: tuple[int, ...], num_classes: int, noise_size: int, width: int
+    ) -> None:
         super().__init__()
         if len(example_shape) not in (2, 3):
             raise ConfigError.at(
@@ -54,6 +58,7 @@ class Generator(nn.Module):
             up = nn.Upsample(scale_factor=factor)
             return [up, conv, norm(channels), nn.LeakyReLU(SLOPE)]
 
+        self.classes = nn.Embedding(num_classes, noise_size)
         self.layers = nn.Sequential(
             nn.Linear(noise_size, 2 * width * first[0] * first[1]),
             nn.Unflatten(1, (2 * width, *first)),
@@ -65,8 +70,9 @@ class Generator(nn.Module):
         )
         self.standardise = norm(channels, affine=False)
 
-    def forward(self, z_BN: Tensor) -> Tensor:
+    def forward(self, z_BN: Tensor, labels_B: Tensor) -> Tensor:
         """Return examples (B, *example_shape), B at least 2, from noise (B, noise_size)."""
         height, width = self.size
-        x: Tensor = self.standardise(self.layers(z_BN)[..., :height, :width])
+        x: Tensor = self.layers(z_BN + self.classes(labels_B))
+        x = self.standardise(x[..., :height, :width])
         return x.reshape(-1, *self.example_shape)

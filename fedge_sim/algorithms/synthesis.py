@@ -128,16 +128,17 @@ class Synthesiser:
         mix = np.mean([teacher.mix for teacher in teachers], axis=0)
         labels = random.choice(len(mix), s.synthesis_batch_size, p=mix / mix.sum())
         y = torch.from_numpy(labels).to(self._device)
-        noise = [self._noise(random, n) for n in (s.synthesis_batch_size, len(mix))]
+        size = (s.synthesis_batch_size, s.noise_size)
+        noise = torch.from_numpy(random.standard_normal(size, np.float32)).to(self._device)
         clone = copy.deepcopy(self.generator)
         own: list[dict[str, Any]] = [
-            {"params": list(clone.parameters())},
-            {"params": noise, "lr": s.noise_lr},
+            {"params": list(clone.layers.parameters())},
+            {"params": [noise.requires_grad_(), clone.classes.weight], "lr": s.noise_lr},
         ]
         adam = torch.optim.Adam(own, s.generator_lr, BETAS)
         lowest, best = float("inf"), None
         for _ in range(s.generator_steps):
-            x = clone(noise[0] + noise[1][y])
+            x = clone(noise, y)
             loss, logits = synthesis_loss(x, y, teachers, student if adversarial else None, s)
             if not torch.isfinite(loss):
                 break  # so would be all that follows
@@ -149,10 +150,6 @@ class Synthesiser:
         if best is not None:
             self._keep(best[0], labels, teachers, best[1])
             self._move_towards(clone)
-
-    def _noise(self, random: np.random.Generator, number: int) -> Tensor:
-        values = random.standard_normal((number, self._settings.noise_size), np.float32)
-        return torch.from_numpy(values).to(self._device).requires_grad_()
 
     def _keep(
         self, x: Tensor, labels: Any, teachers: Sequence[Teacher], logits_KBC: Tensor

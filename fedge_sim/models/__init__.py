@@ -71,7 +71,8 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
     """Draw all weights anew from a generator, by PyTorch's default rule for each layer.
 
     Convolutions and linear layers get U(-b, b) with b = 1 / sqrt(fan_in), for weights and
-    biases alike (He et al. 2015 with a = sqrt(5)); normalisation layers get 1 and 0.
+    biases alike (He et al. 2015 with a = sqrt(5)); embeddings N(0, 1); normalisation layers get
+    1 and 0.
     The global random state is neither used nor changed.
     """
     for layer in model.modules():
@@ -80,6 +81,8 @@ def initialise(model: nn.Module, generator: torch.Generator) -> None:
         if weight is None:
             if own:
                 raise TypeError(f"{type(layer).__name__}: no rule to initialise {sorted(own)}")
+        elif isinstance(layer, nn.Embedding):
+            weight.normal_(generator=generator)
         elif weight.dim() > 1:
             bound = weight[0].numel() ** -0.5
             for parameter in own.values():
