@@ -1,6 +1,5 @@
 """Settings that make no sense together, and why."""
 
-import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -9,6 +8,15 @@ from fedge_sim.errors import ConfigError
 if TYPE_CHECKING:
     from fedge_sim.config import Settings
 
+
+# Of each form of beta but the cosine, with f = beta_factor and s the staleness.
+BETA_FACTORS = {
+    "constant": "beta is f",
+    "linear": "beta is min(1, f s), so 0.01 makes it 1 from staleness 100 on",
+    "exponential": "beta is 1 - exp(-f s), so 0.01 makes it 0.63 at staleness 100",
+    "stepwise": "beta goes up by 0.25 four times, up to f times the mean staleness",
+    "sqrt": "beta is min(1, f / (1 + sqrt(s)))",
+}
 
 Case: TypeAlias = tuple[bool, str, str, str]  # whether it is wrong, table, key, the problem
 
@@ -169,7 +177,7 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
     selected, updates = d.device_selection_size, settings.updates_for_model
     whose = "under a leaf server" if of_leaf else "in all"
     if rule == "fedavg":
-        selected = math.ceil(selected * (1 + d.over_selection))
+        selected = d.selected_for(selected)
     yield (
         selected > pool,
         *("devices", "device_selection_size"),
@@ -200,6 +208,14 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
         *("app.config", "standardise"),
         "examples that FedRevive makes up have mean 0 and variance 1, so clients' must be "
         'standardised: allowed: "global", "client"',
+    )
+    yield (
+        rule in ("downweight", "fedrevive")
+        and a.beta != "cosine"
+        and "beta_factor" not in a.model_fields_set,
+        *("asynchronous", "beta_factor"),
+        f'is for beta = "cosine": set another (f) for "{a.beta}", where '
+        + BETA_FACTORS.get(a.beta, ""),
     )
     yield (
         updates > d.device_selection_size,

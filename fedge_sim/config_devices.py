@@ -1,5 +1,6 @@
 """The tables of simulated devices, asynchronous rules and FedRevive, typed and checked."""
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -112,6 +113,10 @@ class Devices(Table):
     leaf_cloud_bandwidth: Bandwidth = Bandwidth()
     availability: Availability = Availability()
     dropout: Fraction = 0.0
+
+    def selected_for(self, wanted: int) -> int:
+        """Return how many clients a round selects that waits for so many."""
+        return math.ceil(round(wanted * (1 + self.over_selection), 9))  # 1.1 * 100 is 110, not 111
 
 
 class Asynchronous(Table):

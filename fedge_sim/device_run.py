@@ -218,7 +218,7 @@ class DeviceRun:
                 log.info("ended after %d updates: %s", self._updates, self._reason)
             self._save(ended=True)
             end = self._now
-            left = [replace(j, ended=min(j.ended, end)) for j in self._at_work.values()]
+            left = [_when_ended(job, end) for job in self._at_work.values()]
             for callback in self.callbacks:
                 callback.on_versions_end(self._cloud, left)
         finally:
@@ -346,7 +346,7 @@ class DeviceRun:
         self, event: VersionMade, updates: Sequence[Update], trained: Sequence[Trained]
     ) -> None:
         came = [t for t in trained if t.arrays]
-        losses = [t.metrics[records.LOSS] for t in came]
+        losses = [t.metrics[records.LOSS] for t in came if not t.problem]
         size = self._size
         record = VersionRecord(
             event=event,
@@ -502,6 +502,13 @@ class _Places:
             self._places[id(start)] = len(self.models)
             self.models.append(start)
         return self._places[id(start)]
+
+
+def _when_ended(job: Job, end: float) -> Job:
+    """Return what became of a job that is in no version by the end of the run."""
+    if job.ended > end:
+        return replace(job, ended=end, fate="under way")
+    return replace(job, fate="unused") if job.fate == "update" else job
 
 
 def steps_of_a_job(settings: Settings, data: DataSummary, client: int) -> int:

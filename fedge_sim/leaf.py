@@ -1,7 +1,6 @@
 """A leaf server: a Flower Strategy over its own clients, with the accuracy gate."""
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
@@ -201,7 +200,7 @@ class LeafServer(Strategy):
         """Return the clients that are to train in a round, in ascending order."""
         number = self.settings.hierarchy.participants(len(self.clients))
         if self.pool is not None:
-            number = math.ceil(number * (1 + self.settings.devices.over_selection))
+            number = self.settings.devices.selected_for(number)
         if number >= len(self.clients):
             return self.clients
         draw = stream(self.settings.seed, "participation", server_round, self.index)

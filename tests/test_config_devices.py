@@ -5,6 +5,7 @@ import re
 import pytest
 
 from fedge_sim.config import Settings, load_settings, settings_from_json
+from fedge_sim.config_devices import Devices
 from fedge_sim.errors import ConfigError
 
 CLOCK = ("devices.enable=true", "devices.device_speed={mean=1.0}")
@@ -79,6 +80,8 @@ REFUSED = {
     (*DRAWN, "asynchronous.rule=fedrevive", "fedrevive.unlabelled_data=x.npz"): "only that",
     (*DRAWN, "asynchronous.rule=fedrevive", "app.config.standardise=none"): "mean 0 and variance 1",
     ("asynchronous.beta=constant", "asynchronous.beta_factor=2.0"): "it is beta itself",
+    (*DRAWN, "asynchronous.rule=downweight", "asynchronous.beta=linear"): "beta is min(1, f s)",
+    (*DRAWN, "asynchronous.rule=fedrevive", "asynchronous.beta=sqrt"): "f / (1 + sqrt(s))",
     ("hierarchy.optimizer=adam", "hierarchy.client_rule=scaffold"): "steps of SGD",
 }
 
@@ -94,6 +97,13 @@ def test_what_is_refused(assignments):
 def test_good_settings_travel_as_json(good):
     settings = load_settings(assignments=good)
     assert settings_from_json(settings.to_json()) == settings
+
+
+@pytest.mark.parametrize(
+    ("wanted", "share", "selected"), [(100, 0.1, 110), (5, 0.2, 6), (3, 0.25, 4), (7, 0.0, 7)]
+)
+def test_over_selection_is_not_rounded_up_by_a_float(wanted, share, selected):
+    assert Devices(over_selection=share).selected_for(wanted) == selected
 
 
 def test_drawn_devices_are_the_clients():

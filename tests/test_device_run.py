@@ -55,13 +55,18 @@ RULES = {
         "devices.leaf_cloud_bandwidth={down=1e5, up=1e5}",
     ],
 }
+# Of one server for each leaf: the rules that keep something, or weigh by staleness.
+RULES |= {
+    f"leaf {rule}": [*RULES["leaf"], *RULES[rule]]
+    for rule in ("fedasync", "downweight", "fedrevive")
+}
 
 
 class Models(Callback):
     """Keeps what a run tells, and the newest model of each server at each version."""
 
     def __init__(self):
-        self.versions, self.held_out, self.steps = [], [], []
+        self.versions, self.held_out, self.steps, self.left = [], [], [], []
 
     def on_version(self, record):
         self.versions.append(record)
@@ -71,6 +76,9 @@ class Models(Callback):
 
     def on_cloud_step(self, event, state):
         self.steps.append((event, state))
+
+    def on_versions_end(self, state, left):
+        self.left = left
 
 
 @pytest.fixture
@@ -398,28 +406,41 @@ def test_versions_are_counted_without_the_clouds_and_one_leaf_server_is_all(sett
 
 def test_a_run_that_is_out_of_devices_is_evaluated(settings):
     few = ["devices.devices_per_leaf=9", "devices.device_reuse=false", "devices.dropout=0.5"]
-    told, _ = follow(settings(*RULES["fedbuff"], *few, "devices.eval_frequency=100"))
-    assert 0 < len(told.versions) < 8
+    few += ["devices.num_updates_for_model=4", "devices.max_model_version=4"]
+    few += ["devices.update_timeout=0.0", "devices.eval_frequency=100"]
+    told, _ = follow(settings(*RULES["fedbuff"], *few))
+    assert 0 < len(told.versions) < 4
     assert [h.version for h in told.held_out] == [len(told.versions)]
+    over = [job for record in told.versions for job in (*record.event.jobs, *record.event.lost)]
+    assert len(over) + len(told.left) == 18  # nobody is forgotten
+    assert {job.fate for job in told.left} == {"dropped out", "unused"}
+    assert max(job.ended for job in told.left) > told.versions[-1].event.time
 
 
 def test_jobs_of_a_server_that_is_done_are_forgotten(settings):
-    """Leaf server 0 is ten times as fast, and done long before the other."""
-    speed = 'devices.device_speed={distribution="constant", mean=1.0}'
-    slow = "devices.client_leaf_bandwidth={}"
+    done, ends = set(), {}
 
     class Look(Callback):
         def on_version(self, record):
+            assert not done & {job.server for job, _ in run._trainings._begun.values()}
             if record.event.last:
-                begun.append({job.server for job, _ in run._trainings._begun.values()})
+                done.add(record.event.server)
+                ends[record.event.server] = record.event.time
 
-    begun = []
-    made = settings(*RULES["leaf"], speed, slow, "devices.max_model_version=4")
+        def on_versions_end(self, state, left):
+            self.left = left
+
+    made = settings(*RULES["leaf"], "devices.max_model_version=4")
+    look = Look()
     with InProcessGrid(client_app.app, 2, made.runtime) as grid:
-        run = DeviceRun(made, grid, [Look()])
+        run = DeviceRun(made, grid, [look])
         run.run()
-    assert len(begun) == 2
     assert run._trainings._begun == {}
+    first, last = sorted(ends, key=lambda server: ends[server])
+    assert ends[first] < ends[last]
+    fates = {job.fate for job in look.left if job.server == first}
+    assert "unused" in fates  # they came while the other went on
+    assert all(job.ended <= run._now for job in look.left)
 
 
 def test_a_client_that_cannot_be_evaluated_is_left_out(settings, caplog):
@@ -453,11 +474,11 @@ def test_a_callbacks_reason_ends_the_run_however_often_it_is_saved(settings, mon
         monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
         told, _ = follow(settings(*RULES["fedbuff"]), callbacks=[Third()])
         ends.append(len(told.held_out))
-    assert max(ends) < 8
+    assert set(ends) <= {3, 4}  # evaluations go on beside the next version
 
 
 def test_memory_is_flat_over_10_000_versions(settings):
-    """One update a version, 100 devices at work: old versions go when no job has them."""
+    """One update a version, 30 devices at work: old versions go when no job has them."""
 
     def app(message, context):
         if message.metadata.message_type == "train":

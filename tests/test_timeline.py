@@ -12,6 +12,7 @@ from fedge_sim.runtime.timeline import (
     CloudAnswers,
     CloudAsks,
     Dispatched,
+    OutOfDevices,
     VersionMade,
     simulate_round,
     timeline,
@@ -298,7 +299,7 @@ def test_places_stay_empty_until_devices_wake():
 @pytest.mark.parametrize("rule", ["fedavg", "fedbuff"])
 def test_a_run_ends_early_when_devices_run_out(rule, caplog):
     with caplog.at_level(logging.WARNING):
-        made = versions_of(
+        events = list(
             timeline(
                 settings_of(
                     *(rule, 6),
@@ -311,7 +312,10 @@ def test_a_run_ends_early_when_devices_run_out(rule, caplog):
                 *(0, 0),
             )
         )
+    made = versions_of(events)
     assert len(made) < 6
+    jobs = [job for event in events if isinstance(event, Dispatched) for job in event.jobs]
+    assert events[-1] == OutOfDevices(max(job.ended for job in jobs), 0)
     assert f"the cloud ends early, after version {len(made)} of 6" in caplog.text
 
 

@@ -100,13 +100,14 @@ def test_a_versions_row_by_hand():
 
 
 def test_totals_by_hand(tmp_path):
-    under_way = [job(9, 1, 3.0, 4.0, 0.5)]
+    under_way = [job(9, 1, 3.0, 4.0, 0.5, "under way")]
     write(info_of(tmp_path), BY_HAND).on_versions_end(STATE, under_way)
     assert json.loads((tmp_path / "devices.json").read_text()) == {
         **{"versions": 2, "updates": 3, "simulated_seconds": 4.0, "seconds": 2.0},
         "jobs": {"timed out": 1, "under way": 1, "update": 3},
+        "places": 5,
         "mean_concurrency": pytest.approx((8 + 1) / 4),
-        "idle_share": pytest.approx(1 - (0.5 + 1.5 + 3.0 + 1.0) / 8),
+        "idle_share": pytest.approx(1 - (0.5 + 1.5 + 3.0 + 1.0) / (5 * 4 - 1)),
         "devices_used": 5,
         "staleness": {"0": 2, "1": 1},
     }

@@ -259,9 +259,9 @@ class Callback:
         """After the cloud grouped and averaged leaf servers that make versions."""
 
     def on_versions_end(self, state: CloudState, left: Sequence[Job]) -> None:
-        """After the last version: the cloud's models then, and the jobs that were under way.
+        """After the last version: the cloud's models then, and the jobs that are in no version.
 
-        Such a job ends with the run, if not before.
+        One that is under way ends with the run.
         """
 
     def close(self) -> None:

@@ -12,36 +12,39 @@ from matplotlib.ticker import MaxNLocator
 
 from fedge_sim.errors import FedgeError
 from fedge_sim.reporting.figures import DPI, LINE_COLOURS, LINE_STYLES, STYLE, WIDTH
-from fedge_sim.reporting.versions import LEFT
 
 MOST_LINES = 20  # of leaf servers, in one figure
 
 
-def totals(metrics: Path) -> dict[str, Any]:
+def totals(metrics: Path, places: int) -> dict[str, Any]:
     """Return the sums over all jobs and versions.
 
     Parameters
     ----------
     metrics : Path
         Of ``versions.csv`` and ``jobs.csv``, which are not read as a whole.
+    places : int
+        Devices that can be at work together.
 
     Returns
     -------
     dict
         ``versions``, ``updates``; ``simulated_seconds`` up to the last version; ``seconds`` of
         wall time, over all parts of a run that was resumed; ``jobs`` by fate;
-        ``mean_concurrency``, the jobs under way on average over simulated time; ``idle_share`` of
-        the time that devices were at work, those that are over, in which they do not compute;
+        ``places``; ``mean_concurrency``, the jobs under way on average over simulated time;
+        ``idle_share`` of the time of all places, but for jobs under way at the end, in which no
+        device computes: it waits for its link, or for others, or there is none;
         ``devices_used``; and ``staleness``, how many updates had each.
     """
     jobs = pl.scan_csv(metrics / "jobs.csv", schema_overrides={"staleness": pl.Int64})
     versions = pl.scan_csv(metrics / "versions.csv")
-    took, over = pl.col("ended") - pl.col("started"), pl.col("fate") != LEFT
+    took, over = pl.col("ended") - pl.col("started"), pl.col("fate") != "under way"
     sums = jobs.select(
         at_work=took.sum(),
-        over=took.filter(over).sum(),
+        under_way=took.filter(~over).sum(),
         computed=pl.col("training").filter(over).sum(),
         devices=pl.col("client").n_unique(),
+        last=pl.col("ended").max(),
     ).collect(engine="streaming")
     since = pl.col("seconds") - pl.col("seconds").shift(fill_value=0)
     ends = versions.select(
@@ -51,13 +54,15 @@ def totals(metrics: Path) -> dict[str, Any]:
         # Where a run was resumed, the count begins anew.
         seconds=pl.when(since < 0).then(pl.col("seconds")).otherwise(since).sum(),
     ).collect(engine="streaming")
-    at_work, at_work_over, computed, devices = sums.row(0)
-    simulated = ends["simulated_seconds"].item()
+    at_work, under_way, computed, devices, last = sums.row(0)
+    seconds = max(ends["simulated_seconds"].item(), last)
+    known = places * seconds - under_way
     return {
         **ends.row(0, named=True),
         "jobs": _counts(jobs, "fate"),
-        "mean_concurrency": at_work / simulated if simulated else 0.0,
-        "idle_share": 1 - computed / at_work_over if at_work_over else 0.0,
+        "places": places,
+        "mean_concurrency": at_work / seconds if seconds else 0.0,
+        "idle_share": 1 - computed / known if known > 0 else 0.0,
         "devices_used": devices,
         "staleness": _counts(jobs.filter(pl.col("fate") == "update"), "staleness"),
     }

@@ -255,14 +255,15 @@ class VersionReporter(Callback):
         table = Table(title="the run of versions", show_header=False)
         simulated, real, jobs = totals["simulated_seconds"], totals["seconds"], totals["jobs"]
         lost = [f"{jobs[fate]} {fate}" for fate in LOSSES if fate in jobs]
+        at_work = f"{totals['mean_concurrency']:.1f} of {totals['places']:,} on average"
         rows = {
             "versions": f"{totals['versions']:,}",
             "updates": f"{totals['updates']:,}, of {totals['devices_used']:,} devices",
             "simulated time": f"{simulated:,.1f} s",
             "real time": f"{real:,.1f} s",
             "simulated / real": f"{simulated / real:,.1f}" if real else "-",
-            "devices at work": f"{totals['mean_concurrency']:.1f} on average, idle for "
-            f"{totals['idle_share']:.0%} of it",
+            "devices at work": at_work,
+            "idle": f"{totals['idle_share']:.0%} of their time",
             "lost": ", ".join(lost) or "none",
         }
         if self._last is not None:

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 VERSIONS, JOBS, HELD_OUT = "versions.csv", "jobs.csv", "held_out.csv"
 TOTALS = "devices.json"
-LEFT = "under way"  # at the end of the run, in the place of a fate
 LOSSES = ("dropped out", "went offline", "timed out", "too late")
 
 
@@ -30,10 +29,14 @@ class VersionWriter(Callback):
     def on_run_start(self, info: RunInfo) -> None:
         """Write down what is about to run, unless the run is resumed."""
         self._folder, self._metrics = info.folder, _metrics(info)
+        devices, asynchronous = info.settings.devices, info.settings.asynchronous
+        self._places = devices.selected_for(devices.device_selection_size)
+        if asynchronous.server == "leaf":
+            self._places *= info.settings.hierarchy.num_servers
         if not self._metrics.exists():
             self._metrics.mkdir(parents=True)
             write_run(info)
-        if info.settings.asynchronous.server == "leaf":
+        if asynchronous.server == "leaf":
             self._clusters = ClusterFiles(info)
 
     def on_version(self, record: VersionRecord) -> None:
@@ -55,10 +58,10 @@ class VersionWriter(Callback):
         if not (self._metrics / JOBS).exists():
             return  # no version was made
         if left:
-            append_rows(self._metrics / JOBS, [job_row(job, LEFT) for job in left])
+            append_rows(self._metrics / JOBS, [job_row(job) for job in left])
         from fedge_sim.reporting.device_totals import draw_accuracy, draw_staleness, totals
 
-        found = totals(self._metrics)
+        found = totals(self._metrics, self._places)
         write_json(self._folder / TOTALS, found)
         draw_staleness(found["staleness"], self._folder / "staleness.png")
         if (self._metrics / HELD_OUT).exists():
@@ -107,12 +110,12 @@ def job_rows(event: "VersionMade") -> Iterator[dict[str, Any]]:
     ``staleness`` is how many versions its server had made since; of a lost one there is none.
     """
     for job in event.jobs:
-        yield job_row(job, job.fate, event.version - 1 - job.version)
+        yield job_row(job, event.version - 1 - job.version)
     for job in event.lost:
-        yield job_row(job, job.fate)
+        yield job_row(job)
 
 
-def job_row(job: "Job", fate: str, staleness: int | str = "") -> dict[str, Any]:
+def job_row(job: "Job", staleness: int | str = "") -> dict[str, Any]:
     """Return what became of a job."""
     return {
         "job": job.number,
@@ -123,7 +126,7 @@ def job_row(job: "Job", fate: str, staleness: int | str = "") -> dict[str, Any]:
         "started": job.started,
         "ended": job.ended,
         "training": job.training,
-        "fate": fate,
+        "fate": job.fate,
         "staleness": staleness,
     }
 

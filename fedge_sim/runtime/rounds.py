@@ -7,7 +7,9 @@ from typing import Literal, TypeAlias
 
 from fedge_sim.runtime.device_pool import DevicePool, Plan
 
-Fate: TypeAlias = Literal["update", "dropped out", "went offline", "timed out", "too late"]
+Fate: TypeAlias = Literal[
+    "update", "dropped out", "went offline", "timed out", "too late", "unused", "under way"
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,8 @@ class Job:
     training : float
         Of that, seconds that the device computes.
     fate : str
-        How it ends.
+        How it ends; of one that is in no version when the run ends, ``"under way"`` or, if its
+        update had come, ``"unused"``.
     """
 
     number: int

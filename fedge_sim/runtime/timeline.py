@@ -18,7 +18,7 @@ from fedge_sim.runtime.device_pool import DevicePool, seconds_of
 from fedge_sim.runtime.rounds import Fate, Job, Round, job_of, simulate_round
 
 __all__ = [
-    *("CloudAnswers", "CloudAsks", "Dispatched", "Event", "Fate", "Job", "Round"),
+    *("CloudAnswers", "CloudAsks", "Dispatched", "Event", "Fate", "Job", "OutOfDevices", "Round"),
     *("VersionMade", "simulate_round", "timeline"),
 ]
 
@@ -87,7 +87,15 @@ class CloudAnswers:
     versions: tuple[int, ...]
 
 
-Event: TypeAlias = Dispatched | VersionMade | CloudAsks | CloudAnswers
+@dataclass(frozen=True, slots=True)
+class OutOfDevices:
+    """A server ends early: each device is used once, and too many were lost."""
+
+    time: float
+    server: int
+
+
+Event: TypeAlias = Dispatched | VersionMade | CloudAsks | CloudAnswers | OutOfDevices
 
 
 def timeline(
@@ -212,7 +220,7 @@ class _Timeline:
             server.lost.append(job)
             self._was_in_vain(server, job, ROUNDS_IN_VAIN * self._devices.device_selection_size)
             yield from self._fill(server)
-        self._end_if_exhausted(server)
+        yield from self._end_if_exhausted(server)
 
     def _watch(self, server: _Server) -> Iterator[Event]:
         """Make a version of what there is, once the update timeout has passed."""
@@ -222,7 +230,7 @@ class _Timeline:
             server.since = self._clock.now
             if server.buffer:
                 yield from self._make(server, by_timeout=True)
-                self._end_if_exhausted(server)
+                yield from self._end_if_exhausted(server)
         # One watch for each server, that follows its versions: not one for each version.
         self._clock.at(server.since + self._devices.update_timeout, partial(self._watch, server))
 
@@ -232,8 +240,7 @@ class _Timeline:
         """Select the devices of a round, as many as are online."""
         devices, now = self._devices, self._clock.now
         wanted = devices.device_selection_size
-        number = math.ceil(wanted * (1 + devices.over_selection))
-        clients = self._pool.select(server.index, now, number)
+        clients = self._pool.select(server.index, now, devices.selected_for(wanted))
         if not clients:
             self._look_again(server)
             return
@@ -264,7 +271,7 @@ class _Timeline:
         else:
             self._was_in_vain(server, result.lost[-1], ROUNDS_IN_VAIN)
             yield from self._begin_round(server)
-        self._end_if_exhausted(server)
+        yield from self._end_if_exhausted(server)
 
     # Both
 
@@ -320,7 +327,7 @@ class _Timeline:
                 "update_timeout, or lose fewer devices (dropout, availability)"
             )
 
-    def _end_if_exhausted(self, server: _Server) -> None:
+    def _end_if_exhausted(self, server: _Server) -> Iterator[Event]:
         """End a server that has nothing under way and no device left to select."""
         can_wait = server.buffer and self._devices.update_timeout
         if server.done or server.active or can_wait or self._pool.has_free(server.index):
@@ -333,6 +340,7 @@ class _Timeline:
             server.made,
             self._devices.max_model_version,
         )
+        yield OutOfDevices(self._clock.now, server.index)
 
     def _name(self, server: _Server) -> str:
         return f"leaf server {server.index}" if self._pool.at_leaves else "the cloud"
