@@ -157,10 +157,10 @@ class FedRevive(Table):
     warmup_versions: WholeOrZero = 100
     noise_size: Count = 256
     generator_width: Count = 64
-    generator_steps: Count = 10
+    generator_steps: Count = 2
     synthesis_batch_size: Annotated[int, Field(ge=2, le=2**31 - 1)] = 64
     generator_lr: Positive = 0.003
-    noise_lr: Positive = 0.01
+    noise_lr: Positive = 0.001
     one_hot: NonNegative = 1.0
     batch_norm: NonNegative = 0.003
     adversarial: NonNegative = 0.1

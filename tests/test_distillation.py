@@ -138,8 +138,7 @@ def test_the_loss_of_synthesis_by_hand():
     teachers = [Teacher(says(list(v)), mix) for v, mix in zip(logs, mixes, strict=True)]
     x, y = torch.zeros(2, 3), torch.tensor([0, 1])
     s = FedRevive(one_hot=1.0, adversarial=0.1)
-    loss, logits = synthesis_loss(x, y, teachers, None, s)
-    assert logits.shape == (2, 2, 2)
+    loss = synthesis_loss(x, y, teachers, None, s)
     first = -0.25 * math.log(0.7) - 0.75 * math.log(0.2)
     second = -0.75 * math.log(0.3) - 0.25 * math.log(0.8)
     one_hot = (first + second) / 2
@@ -147,7 +146,7 @@ def test_the_loss_of_synthesis_by_hand():
     # The student says class 0, as the first teacher does, whose mean weight is 1/2.
     student = says(list(np.log([0.6, 0.4])))
     gain = 0.5 * (0.7 * math.log(0.7 / 0.6) + 0.3 * math.log(0.3 / 0.4))
-    loss, _ = synthesis_loss(x, y, teachers, student, s)
+    loss = synthesis_loss(x, y, teachers, student, s)
     assert loss.item() == pytest.approx(one_hot - 0.1 * gain)
 
 
@@ -189,8 +188,8 @@ def teacher(arrays, counts=(1, 1, 1, 1)):
 def divergence(student, lesson):
     """Return KL(targets || student) over all examples of a lesson, BatchNorm by the batch."""
     with torch.no_grad():
-        p = functional.log_softmax(student.train()(lesson.x), 1)
-    return functional.kl_div(p, lesson.targets, reduction="batchmean").item()
+        p = functional.log_softmax(student.train()(lesson.x.flatten(0, 1)), 1)
+    return functional.kl_div(p, lesson.targets.flatten(0, 1), reduction="batchmean").item()
 
 
 def test_a_student_moves_towards_its_teachers(trained):
@@ -198,41 +197,43 @@ def test_a_student_moves_towards_its_teachers(trained):
     x = real_examples(2)[0].numpy()
     source = Unlabelled(x, s, torch.device("cpu"))
     lesson = source.lesson([teacher(trained), teacher(trained)], np.random.default_rng(0))
-    assert lesson.rows.shape == (30, 2 * 32)
-    torch.testing.assert_close(lesson.targets.sum(1), torch.ones(len(lesson.x)))
+    assert lesson.x.shape == (30, 2 * 32, *SHAPE)
+    torch.testing.assert_close(lesson.targets.sum(2), torch.ones(30, 2 * 32))
     student = network(seed=5)
     before = divergence(student, lesson)
     assert distil(student, lesson, s) == 0
     assert divergence(student, lesson) < before / 4
 
 
-def test_the_target_of_unlabelled_examples_is_the_plain_mean():
-    teachers = [Teacher(says([0.0, 4.0]), class_mix((1, 9))), Teacher(says([0.0, 0.0]), class_mix((1, 1)))]  # fmt: skip
-    source = Unlabelled(
-        np.zeros((5, 3), np.float32), FedRevive(temperature=2.0), torch.device("cpu")
-    )
-    targets = source.lesson(teachers, np.random.default_rng(0)).targets
+def test_each_teacher_answers_for_its_own_examples():
+    """Of a pool of one sample a class, by the classes that each one's client has."""
+    s = FedRevive(kd_steps=2, kd_batch_size=5, temperature=2.0)
+    source = Synthesiser(Generator((1, 3), 2, 8, 4), s)
+    source.x, source.labels = torch.tensor([[[0.0] * 3], [[1.0] * 3]]), np.array([0, 1])
+    networks = [nn.Sequential(nn.Flatten(), says(logits)) for logits in ([0.0, 4.0], [0.0, 0.0])]
+    mixes = (class_mix((1, 0)), class_mix((0, 1)))
+    teachers = [Teacher(network, mix) for network, mix in zip(networks, mixes, strict=True)]
+    lesson = source.lesson(teachers, np.random.default_rng(0))
     sure = 1 / (1 + math.exp(2.0))  # of the first one, softened: logits (0, 2)
-    np.testing.assert_allclose(targets[:, 0], (sure + 0.5) / 2, rtol=1e-6)
+    for step in range(2):
+        assert lesson.x[step, :, 0, 0].tolist() == [0.0] * 5 + [1.0] * 5
+        np.testing.assert_allclose(lesson.targets[step, :, 0], [sure] * 5 + [0.5] * 5, rtol=1e-6)
 
 
-def test_the_target_of_made_up_samples_weighs_teachers_by_class():
-    source = Synthesiser(Generator((3, 4), 2, 8, 4), FedRevive(kd_steps=1))
-    source.x, source.labels = torch.zeros(2, 12), np.array([0, 1])
-    layers = [nn.Linear(12, 2) for _ in range(2)]
-    for layer, logits in zip(layers, ([0.0, 50.0], [50.0, 0.0]), strict=True):
-        layer.load_state_dict({"weight": torch.zeros(2, 12), "bias": torch.tensor(logits)})
-    mixes = (class_mix((1, 3)), class_mix((3, 1)))
-    teachers = [Teacher(layer, mix) for layer, mix in zip(layers, mixes, strict=True)]
-    targets = source.lesson(teachers, np.random.default_rng(0)).targets
-    np.testing.assert_allclose(targets, [[0.75, 0.25], [0.25, 0.75]], atol=1e-6)
+def test_unlabelled_examples_are_drawn_anew_for_each_teacher():
+    x = np.arange(40, dtype=np.float32)[:, None].repeat(3, 1)
+    source = Unlabelled(x, FedRevive(kd_steps=3, kd_batch_size=8), torch.device("cpu"))
+    teachers = [Teacher(says([0.0, 1.0]), class_mix((1, 1))) for _ in range(2)]
+    drawn = source.lesson(teachers, np.random.default_rng(0)).x
+    assert drawn.shape == (3, 16, 3)
+    assert len({tuple(part[:, 0].tolist()) for half in drawn.split(8, 1) for part in half}) == 6
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted():
     student = says([0.0, 1.0])
     before = model_arrays(student)
-    x, rows = torch.full((4, 3), 1.0), np.zeros((3, 2), np.int64)
-    assert distil(student, Lesson(x, torch.full((4, 2), math.nan), rows), FedRevive()) == 3
+    lesson = Lesson(torch.ones(3, 4, 3), torch.full((3, 4, 2), math.nan))
+    assert distil(student, lesson, FedRevive()) == 3
     assert bytes_of(model_arrays(student)) == bytes_of(before)
 
 
@@ -296,17 +297,6 @@ def test_the_generator_itself_learns_what_a_class_is(trained):
     assert right_after(10) > 0.85
 
 
-def test_a_teacher_answers_for_each_sample_once_and_as_if_asked_again(trained):
-    source, own = synthesised(trained, 2, generator_steps=2, max_samples=50)
-    other = teacher(model_arrays(network(seed=3)), (4, 3, 2, 1))
-    random = np.random.default_rng(0)
-    source.lesson([own, other], random)
-    source.prepare([own, other], network(seed=9).eval(), random, adversarial=True)
-    for known in (own, other):
-        assert len(known.logits) == len(source.x) == 50
-        np.testing.assert_allclose(known.logits, known.network(source.x), atol=1e-5)
-
-
 def test_teachers_that_are_not_finite_teach_nothing(trained):
     broken = {n: a * np.nan if a.dtype.kind == "f" else a for n, a in trained.items()}
     source, _ = synthesised(trained, 0, generator_steps=2)
@@ -315,7 +305,7 @@ def test_teachers_that_are_not_finite_teach_nothing(trained):
     assert len(source.labels) == 0
     for then, now in zip(before, source.generator.parameters(), strict=True):
         assert torch.equal(then, now)
-    assert source.lesson([teacher(broken)], np.random.default_rng(0)).rows.size == 0
+    assert len(source.lesson([teacher(broken)], np.random.default_rng(0)).x) == 0
 
 
 # -------------------------------------------------------------------- the rule

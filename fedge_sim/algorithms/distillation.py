@@ -29,13 +29,10 @@ class Teacher:
     network : nn.Module
     mix : float64 array (C,)
         Shares of the classes in the client's examples.
-    logits : Tensor (samples, C), optional
-        What it says of the samples in the pool, once it has been asked.
     """
 
     network: nn.Module
     mix: NDArray[np.float64]
-    logits: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.network.eval().requires_grad_(False)
@@ -43,20 +40,17 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a student learns from.
+    """What a student learns from, a batch for each step; there may be no step.
 
     Attributes
     ----------
-    x : Tensor (n, *shape)
-    targets : Tensor (n, C)
+    x : Tensor (steps, batch, *shape)
+    targets : Tensor (steps, batch, C)
         The teachers' softened probabilities.
-    rows : int64 array (steps, batch)
-        Which of the n examples each step's batch is made of.
     """
 
     x: Tensor
     targets: Tensor
-    rows: NDArray[np.int64]
 
 
 class Source(Protocol):
@@ -98,9 +92,14 @@ def teacher_weights(teachers: Sequence[Teacher]) -> Tensor:
     return torch.from_numpy(weights.astype(np.float32))
 
 
-def answers(network: nn.Module, x: Tensor) -> Tensor:
-    """Return a frozen network's logits (n, C), chunk by chunk."""
-    return torch.cat([network(part) for part in x.split(CHUNK)])
+@torch.no_grad()
+def taught(examples: Sequence[Tensor], teachers: Sequence[Teacher], temperature: float) -> Lesson:
+    """Let each teacher answer for its own examples (steps, batch, *shape), and join them."""
+    targets = []
+    for x, teacher in zip(examples, teachers, strict=True):
+        logits = torch.cat([teacher.network(part) for part in x.flatten(0, 1).split(CHUNK)])
+        targets.append(functional.softmax(logits / temperature, 1).unflatten(0, x.shape[:2]))
+    return Lesson(torch.cat(list(examples), 1), torch.cat(targets, 1))
 
 
 def rows_by_class(
@@ -141,10 +140,9 @@ def distil(student: nn.Module, lesson: Lesson, settings: FedRevive) -> int:
     adam = torch.optim.Adam(parameters, lr=settings.kd_lr, weight_decay=WEIGHT_DECAY)
     student.train()
     skipped = 0
-    for batch in lesson.rows:
-        rows = torch.from_numpy(batch).to(lesson.x.device)
-        logits = functional.log_softmax(student(lesson.x[rows]) / settings.temperature, 1)
-        loss = functional.kl_div(logits, lesson.targets[rows], reduction="batchmean")
+    for x, targets in zip(lesson.x, lesson.targets, strict=True):
+        logits = functional.log_softmax(student(x) / settings.temperature, 1)
+        loss = functional.kl_div(logits, targets, reduction="batchmean")
         adam.zero_grad()
         (settings.temperature**2 * loss).backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -180,15 +178,13 @@ class Unlabelled:
     ) -> None:
         """Do nothing: the examples are there."""
 
-    @torch.no_grad()
     def lesson(self, teachers: Sequence[Teacher], random: np.random.Generator) -> Lesson:
-        """Draw batches uniformly; the target is the plain mean, as there is no label."""
+        """Draw batches uniformly, as there is no label."""
         s = self._settings
-        drawn = random.integers(len(self._x), size=(s.kd_steps, len(teachers) * s.kd_batch_size))
-        used, rows = np.unique(drawn, return_inverse=True)  # asked about once
-        x = torch.from_numpy(self._x[used]).to(self._device)
-        each = [functional.softmax(answers(t.network, x) / s.temperature, 1) for t in teachers]
-        return Lesson(x, torch.stack(each).mean(0), rows.reshape(drawn.shape))
+        size = (s.kd_steps, s.kd_batch_size)
+        drawn = [self._x[random.integers(len(self._x), size=size)] for _ in teachers]
+        x = [torch.from_numpy(own).to(self._device) for own in drawn]
+        return taught(x, teachers, s.temperature)
 
     def state(self) -> dict[str, Any]:
         """Return nothing."""

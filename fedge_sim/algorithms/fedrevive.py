@@ -152,7 +152,6 @@ class FedRevive:
                         n: t.cpu().numpy().copy() for n, t in k.network.state_dict().items()
                     },
                     "mix": k.mix,
-                    "logits": None if k.logits is None else k.logits.cpu().numpy().copy(),
                 }
                 for k in self.teachers
             ],
@@ -164,9 +163,7 @@ class FedRevive:
         """Remember what another one of the same settings did: :meth:`state`."""
         self.teachers.clear()
         for own in state["teachers"]:
-            logits = own["logits"]
-            there = None if logits is None else torch.tensor(logits).to(self._device)
-            self.teachers.append(Teacher(self._network(own["arrays"]), own["mix"], there))
+            self.teachers.append(Teacher(self._network(own["arrays"]), own["mix"]))
         self.source.restore(state["source"])
         self.skipped_steps = state["skipped_steps"]
 

@@ -19,8 +19,8 @@ from torch.nn import functional
 from fedge_sim.algorithms.distillation import (
     Lesson,
     Teacher,
-    answers,
     rows_by_class,
+    taught,
     teacher_weights,
 )
 from fedge_sim.algorithms.generator import Generator
@@ -62,8 +62,8 @@ def synthesis_loss(
     teachers: Sequence[Teacher],
     student: nn.Module | None,
     settings: FedRevive,
-) -> tuple[Tensor, Tensor]:
-    """Return how unlike a good batch of samples x is, and the teachers' logits (K, B, C).
+) -> Tensor:
+    """Return how unlike a good batch of samples x is.
 
     With w_k(y) of :func:`teacher_weights`, the mean over the batch of ``one_hot`` times
     sum_k w_k(y) CE(teacher_k(x), y); ``batch_norm`` times the gaps of all teachers' BatchNorm
@@ -95,7 +95,7 @@ def synthesis_loss(
         gain_KB = (log_p_KBC.exp() * (log_p_KBC - functional.log_softmax(logits_BC, 1))).sum(2)
         agree_KB = logits_KBC.argmax(2) == logits_BC.argmax(1)
         loss = loss - settings.adversarial * (weights_KB * gain_KB * agree_KB).sum(0).mean()
-    return loss, logits_KBC.detach()
+    return loss
 
 
 class Synthesiser:
@@ -139,27 +139,22 @@ class Synthesiser:
         lowest, best = float("inf"), None
         for _ in range(s.generator_steps):
             x = clone(noise, y)
-            loss, logits = synthesis_loss(x, y, teachers, student if adversarial else None, s)
+            loss = synthesis_loss(x, y, teachers, student if adversarial else None, s)
             if not torch.isfinite(loss):
                 break  # so would be all that follows
             if loss.item() < lowest:
-                lowest, best = loss.item(), (x.detach(), logits)
+                lowest, best = loss.item(), x.detach()
             adam.zero_grad()
             loss.backward()
             adam.step()
         if best is not None:
-            self._keep(best[0], labels, teachers, best[1])
+            self._keep(best, labels)
             self._move_towards(clone)
 
-    def _keep(
-        self, x: Tensor, labels: Any, teachers: Sequence[Teacher], logits_KBC: Tensor
-    ) -> None:
+    def _keep(self, x: Tensor, labels: NDArray[np.int64]) -> None:
         newest = slice(-self._settings.max_samples, None)
         self.x = torch.cat([self.x, x.contiguous()])[newest]  # in the layout of a checkpoint
         self.labels = np.concatenate([self.labels, labels])[newest]
-        for teacher, logits in zip(teachers, logits_KBC, strict=True):
-            if teacher.logits is not None:
-                teacher.logits = torch.cat([teacher.logits, logits])[newest]
 
     def _move_towards(self, clone: Generator) -> None:
         """Take a step of Reptile: Adam on the gradient theta - theta of the copy."""
@@ -170,28 +165,15 @@ class Synthesiser:
             here.grad = here.detach() - there.detach()
         self._adam.step()
 
-    @torch.no_grad()
     def lesson(self, teachers: Sequence[Teacher], random: np.random.Generator) -> Lesson:
-        """Draw each teacher's batches by its mix of classes; the target weighs teachers by class.
-
-        A teacher sees each sample of the pool once, and its answer is kept: the pool is larger
-        than what is drawn from it, and most of its samples are drawn again.
-        """
+        """Draw each teacher's batches by the classes that it knows."""
         s = self._settings
-        size = (s.kd_steps, s.kd_batch_size)
         if not len(self.labels):
-            empty = self.x.new_empty((0, len(teachers[0].mix)))
-            return Lesson(self.x, empty, np.empty((0, 0), np.int64))
-        drawn = [rows_by_class(self.labels, teacher.mix, size, random) for teacher in teachers]
-        weights_KC = teacher_weights(teachers).to(self._device)
-        labels = torch.from_numpy(self.labels).to(self._device)
-        targets = torch.zeros((len(self.labels), weights_KC.shape[1]), device=self._device)
-        for teacher, weights in zip(teachers, weights_KC, strict=True):
-            if teacher.logits is None:
-                teacher.logits = answers(teacher.network, self.x)
-            softened = functional.softmax(teacher.logits / s.temperature, 1)
-            targets += weights[labels, None] * softened
-        return Lesson(self.x, targets, np.concatenate(drawn, axis=1))
+            return Lesson(self.x, self.x)
+        size = (s.kd_steps, s.kd_batch_size)
+        rows = [rows_by_class(self.labels, teacher.mix, size, random) for teacher in teachers]
+        x = [self.x[torch.from_numpy(own).to(self._device)] for own in rows]
+        return taught(x, teachers, s.temperature)
 
     def state(self) -> dict[str, Any]:
         """Return generator, its optimiser and the pool, as a tree that a checkpoint can hold."""
