@@ -24,6 +24,7 @@ Tree: TypeAlias = (
     "NDArray[Any] | Mapping[str, Tree] | Sequence[Tree] | str | int | float | bool | None"
 )
 NAME = "checkpoint.safetensors"  # in the results folder
+FORMAT = 2  # goes up when a state of before cannot be gone on from
 # Where something else than a JSON value stands, and of what kind.
 _ARRAY, _DICT, _TUPLE = "array", "dict", "tuple"
 
@@ -41,7 +42,7 @@ def save(file: Path, tree: Tree) -> None:
         If the file cannot be written.
     """
     arrays: dict[str, NDArray[Any]] = {}
-    text = json.dumps(_pack(tree, arrays, {}))
+    text = json.dumps([FORMAT, _pack(tree, arrays, {})])
     metadata = {"tree": text, "sha256": _digest(text, arrays)}
     aside = file.with_suffix(".tmp")
     try:
@@ -57,7 +58,7 @@ def load(file: Path) -> Any:
     Raises
     ------
     CheckpointError
-        If the file is missing or damaged.
+        If the file is missing or damaged, or another version of the program wrote it.
     """
     try:
         with safe_open(file, framework="numpy") as opened:
@@ -65,7 +66,10 @@ def load(file: Path) -> Any:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if metadata["sha256"] != _digest(metadata["tree"], arrays):
             raise ValueError("its content is not what was written")
-        return _unpack(json.loads(metadata["tree"]), arrays)
+        match json.loads(metadata["tree"]):
+            case [int(number), packed] if number == FORMAT:
+                return _unpack(packed, arrays)
+        raise CheckpointError(f"{file}: another version of fedge-sim wrote this checkpoint")
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no checkpoint") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:

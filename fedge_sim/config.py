@@ -340,12 +340,12 @@ class Settings(Table):
 
     @property
     def clients_at_a_time(self) -> int:
-        """How many clients may be at work at a time, for whoever sizes what trains them."""
+        """How many clients can be at work at a time."""
         d, h = self.devices, self.hierarchy
         if not self.by_versions:
             return h.num_clients
         servers = h.num_servers if self.asynchronous.server == "leaf" else 1
-        return min(servers * d.device_selection_size, h.num_clients)
+        return min(servers * d.selected_for(d.device_selection_size), h.num_clients)
 
     @property
     def data(self) -> AppConfig:

@@ -507,7 +507,8 @@ class _Places:
 def _when_ended(job: Job, end: float) -> Job:
     """Return what became of a job that is in no version by the end of the run."""
     if job.ended > end:
-        return replace(job, ended=end, fate="under way")
+        training = min(job.training, end - job.started)
+        return replace(job, ended=end, training=training, fate="under way")
     return replace(job, fate="unused") if job.fate == "update" else job
 
 

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from fedge_sim import checkpoint
 from fedge_sim.checkpoint import csv_sizes, load, save, truncate_csvs
 from fedge_sim.errors import CheckpointError
 
@@ -118,6 +119,15 @@ def test_one_wrong_bit_anywhere_is_told(tmp_path, bit):
             if not same(load(wrong), STATE):
                 unnoticed.append(place)
     assert not unnoticed
+
+
+def test_the_checkpoint_of_another_version_is_told(tmp_path, monkeypatch):
+    file = tmp_path / checkpoint.NAME
+    monkeypatch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT - 1)
+    save(file, {"x": np.zeros(3)})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="another version of fedge-sim"):
+        load(file)
 
 
 def test_a_pickle_is_not_opened(tmp_path):

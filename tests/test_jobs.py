@@ -5,6 +5,7 @@ import re
 import pytest
 
 from fedge_sim.config import load_settings
+from fedge_sim.errors import ConfigError
 from tests.conftest import ROOT
 
 JOBS = {file.stem: file for file in sorted((ROOT / "scripts" / "jobs").glob("*.toml"))}
@@ -40,3 +41,9 @@ def test_jobs_are_those_of_the_older_programs(name, rule, devices, selected, upd
     assert (h.optimizer, h.learning_rate(200), h.weight_decay) == ("adam", 0.0003, 0.0)
     assert (h.clip_norm, h.label_smoothing, h.prox_mu, h.es_patience) == (0, 0, 0, 0)
     assert d.device_speed.mean == (1.0, 1.3, 1.6)
+    assert (settings.asynchronous.beta, settings.asynchronous.beta_factor) == ("cosine", 75.0)
+
+
+def test_another_beta_in_a_job_asks_for_its_factor():
+    with pytest.raises(ConfigError, match="beta is min"):
+        load_settings(JOBS["cifar10_downweight"], assignments=["asynchronous.beta=linear"])

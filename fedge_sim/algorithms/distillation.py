@@ -94,7 +94,11 @@ def teacher_weights(teachers: Sequence[Teacher]) -> Tensor:
 
 @torch.no_grad()
 def taught(examples: Sequence[Tensor], teachers: Sequence[Teacher], temperature: float) -> Lesson:
-    """Let each teacher answer for its own examples (steps, batch, *shape), and join them."""
+    """Let each teacher answer for its own examples (steps, batch, *shape), and join them.
+
+    So the loss of a step is the mean over teachers of KL(teacher_k || student) on what teacher k
+    knows (Askin et al. 2025), and not the divergence from the mean of what all teachers say.
+    """
     targets = []
     for x, teacher in zip(examples, teachers, strict=True):
         logits = torch.cat([teacher.network(part) for part in x.flatten(0, 1).split(CHUNK)])

@@ -1,8 +1,10 @@
 """Samples that are made up so that teachers are sure of them, and a generator that learns to.
 
-Each time a copy of the generator is trained for a few steps, together with its noise, and the
-generator moves towards it: fast meta-learned synthesis (Fang et al. 2022) by Reptile (Nichol et
-al. 2018). K is the number of teachers, C of classes, B of a batch.
+Each time a copy of the generator is trained for a few steps, together with its noise, the best of
+the batches that it made is kept, and the generator moves towards it: fast meta-learned synthesis
+(Fang et al. 2022) by Reptile (Nichol et al. 2018).
+
+K is the number of teachers, C of classes, B of a batch.
 """
 
 import copy
@@ -169,7 +171,7 @@ class Synthesiser:
         """Draw each teacher's batches by the classes that it knows."""
         s = self._settings
         if not len(self.labels):
-            return Lesson(self.x, self.x)
+            return Lesson(self.x, self.x)  # no step
         size = (s.kd_steps, s.kd_batch_size)
         rows = [rows_by_class(self.labels, teacher.mix, size, random) for teacher in teachers]
         x = [self.x[torch.from_numpy(own).to(self._device)] for own in rows]

@@ -31,7 +31,8 @@ def totals(metrics: Path, places: int) -> dict[str, Any]:
     dict
         ``versions``, ``updates``; ``simulated_seconds`` up to the last version; ``seconds`` of
         wall time, over all parts of a run that was resumed; ``jobs`` by fate;
-        ``places``; ``mean_concurrency``, the jobs under way on average over simulated time;
+        ``places``; ``mean_concurrency``, the jobs under way on average over simulated time, up to
+        the end of the last job;
         ``idle_share`` of the time of all places, but for jobs under way at the end, in which no
         device computes: it waits for its link, or for others, or there is none;
         ``devices_used``; and ``staleness``, how many updates had each.

@@ -206,7 +206,7 @@ class VersionReporter(Callback):
             "(rule %s, up to %d devices at work), partition %s, %d parameters",
             *(settings.data.model, settings.data.dataset, settings.seed),
             *(h.num_clients, h.num_servers, "each of them" if at_leaves else "the cloud"),
-            *(settings.asynchronous.rule, settings.devices.device_selection_size),
+            *(settings.asynchronous.rule, settings.clients_at_a_time),
             *(settings.data.partition, info.num_parameters),
         )
         log.info("results: %s", info.folder)
@@ -255,7 +255,7 @@ class VersionReporter(Callback):
         table = Table(title="the run of versions", show_header=False)
         simulated, real, jobs = totals["simulated_seconds"], totals["seconds"], totals["jobs"]
         lost = [f"{jobs[fate]} {fate}" for fate in LOSSES if fate in jobs]
-        at_work = f"{totals['mean_concurrency']:.1f} of {totals['places']:,} on average"
+        at_work = f"{totals['mean_concurrency']:.1f} on average, of {totals['places']:,} places"
         rows = {
             "versions": f"{totals['versions']:,}",
             "updates": f"{totals['updates']:,}, of {totals['devices_used']:,} devices",
@@ -263,7 +263,7 @@ class VersionReporter(Callback):
             "real time": f"{real:,.1f} s",
             "simulated / real": f"{simulated / real:,.1f}" if real else "-",
             "devices at work": at_work,
-            "idle": f"{totals['idle_share']:.0%} of their time",
+            "nobody computes": f"{totals['idle_share']:.0%} of these places' time",
             "lost": ", ".join(lost) or "none",
         }
         if self._last is not None:

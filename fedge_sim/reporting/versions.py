@@ -29,14 +29,11 @@ class VersionWriter(Callback):
     def on_run_start(self, info: RunInfo) -> None:
         """Write down what is about to run, unless the run is resumed."""
         self._folder, self._metrics = info.folder, _metrics(info)
-        devices, asynchronous = info.settings.devices, info.settings.asynchronous
-        self._places = devices.selected_for(devices.device_selection_size)
-        if asynchronous.server == "leaf":
-            self._places *= info.settings.hierarchy.num_servers
+        self._places = info.settings.clients_at_a_time
         if not self._metrics.exists():
             self._metrics.mkdir(parents=True)
             write_run(info)
-        if asynchronous.server == "leaf":
+        if info.settings.asynchronous.server == "leaf":
             self._clusters = ClusterFiles(info)
 
     def on_version(self, record: VersionRecord) -> None:

@@ -31,10 +31,10 @@ class Job:
     started, ended : float
         Until its update arrives at the server, or the server gives it up.
     training : float
-        Of that, seconds that the device computes.
+        Of that, seconds that the device computes; at most, if the run ends before.
     fate : str
-        How it ends; of one that is in no version when the run ends, ``"under way"`` or, if its
-        update had come, ``"unused"``.
+        How it ends; when the run ends it can be ``"under way"`` or, if its update had come for no
+        version, ``"unused"``.
     """
 
     number: int
