@@ -113,8 +113,9 @@ def _table(runs: dict[str, list[dict[str, object]]], target: float) -> str:
     # The moment at which the first rule has all its updates: what the others have by then.
     at = min(run["points"][-1][0] for own in runs.values() for run in own)  # type: ignore[index]
     lines = [
-        f"| rule | final, % | best, % | at {at:.0f} simulated s, % | simulated s to "
-        f"{100 * target:g} % | updates to {100 * target:g} % | simulated s in all | real s |",
+        f"| rule | final, % | last fifth of updates, % | at {at:.0f} simulated s, % "
+        f"| simulated s to {100 * target:g} % | updates to {100 * target:g} % "
+        "| simulated s in all | real s |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for label, own in runs.items():
@@ -130,7 +131,7 @@ def _table(runs: dict[str, list[dict[str, object]]], target: float) -> str:
         ]
         cells = [
             _mean([100 * points[-1][2] for points in all_points]),
-            _mean([100 * max(p[2] for p in points) for points in all_points]),
+            _mean([100 * _of_the_last_fifth(points) for points in all_points]),
             _mean([100 * _at(points, at) for points in all_points]),
             *to_target,
             f"{statistics.mean(points[-1][0] for points in all_points):.0f}",
@@ -138,6 +139,11 @@ def _table(runs: dict[str, list[dict[str, object]]], target: float) -> str:
         ]
         lines.append(f"| {label} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _of_the_last_fifth(points: list[Point]) -> float:
+    """Return the mean accuracy in the last fifth of the updates: one evaluation alone is chance."""
+    return statistics.mean(p[2] for p in points if p[1] > 0.8 * points[-1][1])
 
 
 def _at(points: list[Point], seconds: float) -> float:
