@@ -71,7 +71,10 @@ class Generator(nn.Module):
         self.standardise = norm(channels, affine=False)
 
     def forward(self, z_BN: Tensor, labels_B: Tensor) -> Tensor:
-        """Return examples (B, *example_shape), B at least 2, from noise (B, size) and classes."""
+        """Return examples (B, *example_shape), B at least 2.
+
+        From noise (B, noise_size) and class labels (B,).
+        """
         height, width = self.size
         x: Tensor = self.layers(z_BN + self.classes(labels_B))
         x = self.standardise(x[..., :height, :width])
