@@ -62,7 +62,7 @@ def command(tmp_path):
         if run.process.poll() is None:
             os.killpg(run.process.pid, signal.SIGKILL)
         run.process.stdout.close()
-        run.process.wait()
+        print(run.seen, f"ended with {run.process.wait()}")  # which pytest shows if a test failed
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -103,10 +103,10 @@ def test_a_run_that_hangs_ends_with_a_stack_dump_and_its_own_exit_code(command):
 
 
 def test_the_dashboard_and_its_metrics(command):
-    run = command("runtime.dashboard=true", "hierarchy.global_rounds=1000")
+    run = command("runtime.dashboard=true", "hierarchy.global_rounds=100000")
     dashboard = run.wait_for(r"Ray dashboard: (http://127\.0\.0\.1:\d+)")
     metrics = run.wait_for(r"metrics for Prometheus: (http://\S+)")
-    run.wait_for("round 2/1000")
+    run.wait_for("round 2/100000")
     actors = json.loads(read(f"{dashboard}/logical/actors"))["data"]["actors"].values()
     names = {actor["reprName"] for actor in actors}
     assert "trainer-0 cpu 1" in names
@@ -137,10 +137,12 @@ def test_the_dashboard_and_its_metrics(command):
 
 def read(url: str) -> str:
     """Read a page; the dashboard shares its cores with the run, and may take its time."""
-    for _ in range(10):
+    deadline = time.monotonic() + 120
+    while True:
         try:
             with urllib.request.urlopen(url, timeout=20) as answer:
                 return answer.read().decode()
-        except OSError:
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{url} does not answer: {error!r}") from error
             time.sleep(1)
-    raise AssertionError(f"{url} does not answer")
