@@ -24,7 +24,7 @@ Tree: TypeAlias = (
     "NDArray[Any] | Mapping[str, Tree] | Sequence[Tree] | str | int | float | bool | None"
 )
 NAME = "checkpoint.safetensors"  # in the results folder
-FORMAT = 2  # goes up when a state of before cannot be gone on from
+FORMAT = 3  # goes up when a state of before cannot be gone on from
 # Where something else than a JSON value stands, and of what kind.
 _ARRAY, _DICT, _TUPLE = "array", "dict", "tuple"
 

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from fedge_sim.combinations import refuse_what_makes_no_sense
-from fedge_sim.config_devices import Asynchronous, Devices, FedRevive
+from fedge_sim.config_devices import Asynchronous, Delay, Devices, FedRevive
 from fedge_sim.config_types import (
     AbsolutePath,
     AutoCount,
@@ -48,6 +48,7 @@ from fedge_sim.config_types import (
 from fedge_sim.errors import ConfigError, suggest
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+MAX_SERVERS = 100_000
 
 # What belongs to Flower itself under tool.flwr, and in its table app.
 _FLOWER_TABLES = {"federations"}
@@ -100,7 +101,7 @@ class AppConfig(Table):
 class Hierarchy(Table):
     """``[tool.flwr.hierarchy]``: the topology and how clients, leaves and cloud learn."""
 
-    num_servers: Count = 3
+    num_servers: Annotated[int, Field(ge=1, le=MAX_SERVERS)] = 3
     clients_per_server: Annotated[
         tuple[Annotated[StrictInt, Field(ge=1, le=10_000_000)], ...], Field(strict=False)
     ] = (3, 3, 3)
@@ -295,7 +296,8 @@ class Settings(Table):
             return tables
         devices, hierarchy, asynchronous = parts
         per_leaf, servers = devices.get("devices_per_leaf"), hierarchy.get("num_servers", 3)
-        drawn = type(per_leaf) is type(servers) is int and per_leaf > 0
+        whole = type(per_leaf) is type(servers) is int
+        drawn = whole and per_leaf > 0 and servers <= MAX_SERVERS
         if drawn:
             hierarchy = {**hierarchy, "clients_per_server": (per_leaf,) * servers}
         if drawn or asynchronous.get("rule", "fedavg") != "fedavg":
@@ -527,6 +529,8 @@ def _config_error(error: ValidationError) -> ConfigError:
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "tuple_type":
         message = "must be a list of integers"
+        if key in Delay.model_fields:
+            message = "must be a number, or a list of one for each class of devices"
     return ConfigError.at(table, key, first["input"], message)
 
 

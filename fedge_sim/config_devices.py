@@ -22,7 +22,9 @@ def _as_list(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-NumberOrList = Annotated[tuple[NonNegative, ...], Field(strict=False), BeforeValidator(_as_list)]
+Bounded = Annotated[float, Field(ge=0, le=1e9)]  # of seconds: 30 years
+NumberOrList = Annotated[tuple[Bounded, ...], Field(strict=False), BeforeValidator(_as_list)]
+WIDEST = 1e6  # a standard deviation, in means
 WholeOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -55,6 +57,10 @@ class Delay(Table):
             raise ValueError(f"std: a delay that is {self.distribution} has none; leave it out")
         if self.distribution == "log-normal" and not all(self.mean):
             raise ValueError("mean must be above 0 for a log-normal delay")
+        if self.distribution == "log-normal" and any(
+            std > mean * WIDEST for mean, std in zip(self.mean, self.stds, strict=True)
+        ):
+            raise ValueError("std must be at most a million times mean for a log-normal delay")
         if self.distribution == "uniform" and any(
             std * 3**0.5 > mean * (1 + WHOLE)
             for mean, std in zip(self.mean, self.stds, strict=True)
@@ -96,7 +102,7 @@ class Devices(Table):
     subset_size: Annotated[int, Field(ge=3, le=10_000_000)] = 350
     local_iters: WholeOrZero = 0
     device_selection_size: Count = 100
-    over_selection: NonNegative = 0.0
+    over_selection: Annotated[float, Field(ge=0, le=1000)] = 0.0
     min_hole_to_fill: Count = 1
     device_reuse: bool = True
     num_updates_for_model: WholeOrZero = 0

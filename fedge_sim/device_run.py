@@ -202,13 +202,11 @@ class DeviceRun:
         try:
             for callback in self.callbacks:
                 callback.on_run_start(self._info)
-            for event in events:
+            while not self._reason and (event := next(events, None)):
                 self._position += 1
                 self._watch(event)
                 self._handle(event)
                 self._save_if_due(event)
-                if self._reason:
-                    break
             self._collect()
             for index, server in enumerate(self._servers):
                 if not self._reason and server.model is not server.tested:  # out of devices
@@ -216,14 +214,19 @@ class DeviceRun:
                     self._collect()
             if self._reason:
                 log.info("ended after %d updates: %s", self._updates, self._reason)
-            self._save(ended=True)
+            self._save(ended=False)  # whoever is killed in what follows does it again
             end = self._now
             left = [_when_ended(job, end) for job in self._at_work.values()]
             for callback in self.callbacks:
                 callback.on_versions_end(self._cloud, left)
+            self._save(ended=True)
         finally:
             for callback in self.callbacks:
                 callback.close()
+
+    def _seconds(self) -> float:
+        """Return the wall time since the run began, that of its earlier parts with it."""
+        return time.monotonic() - self._started
 
     def _watch(self, event: Event) -> None:
         """Keep the time, and which jobs are under way."""
@@ -355,7 +358,7 @@ class DeviceRun:
             num_examples=sum(update.num_examples for update in updates),
             bytes_up=size * len(came),
             bytes_down=size * (len(trained) + len(event.lost)),
-            seconds=time.monotonic() - self._started,
+            seconds=self._seconds(),
         )
         for callback in self.callbacks:
             callback.on_version(record)
@@ -407,7 +410,7 @@ class DeviceRun:
                     simulated_seconds=test.time,
                     updates=test.updates,
                     test=result,
-                    seconds=time.monotonic() - self._started,
+                    seconds=self._seconds(),
                 )
                 if (test.what, leaf) == ("cloud", -1):
                     self._accuracies.append(result.accuracy)
@@ -434,6 +437,8 @@ class DeviceRun:
         starts, done = ({}, {}) if ended else self._trainings.state()
         tree: dict[str, Any] = {
             "ended": ended,
+            "reason": self._reason,
+            "seconds": self._seconds(),
             "position": self._position,
             "updates": self._updates,
             "failures": self._failures,
@@ -476,6 +481,7 @@ class DeviceRun:
         self._cloud = CloudState(**tree["cloud"])
         self._position, self._updates = tree["position"], tree["updates"]
         self._failures, self._accuracies = tree["failures"], list(tree["accuracies"])
+        self._reason, self._started = tree["reason"], time.monotonic() - tree["seconds"]
         starts = {int(number): models[place] for number, place in tree["starts"].items()}
         done = {int(n): Trained(starts[int(n)], *parts) for n, parts in tree["done"].items()}
         begun: list[tuple[Job, Start]] = []

@@ -73,12 +73,13 @@ def _rule(name: str) -> tuple[str, ...]:
 
 def _run(config: Path, place: Path, settings: list[str], updates: int) -> dict[str, object]:
     done = place / "done.json"
-    selected = load_settings(config, assignments=settings).devices.device_selection_size
-    each = selected if "asynchronous.rule=fedavg" in settings else 1
+    job = load_settings(config, assignments=settings)
+    each = job.updates_for_model
     if updates < each:
-        raise typer.BadParameter(f"--updates {updates}: a round of FedAvg alone has {each}")
+        raise typer.BadParameter(f"--updates {updates}: a version alone has {each}")
     versions = [f"devices.max_model_version={updates // each}"]
-    versions += ["devices.eval_frequency=1"] if each > 1 else []
+    if each > 1:  # still an evaluation for so many updates, or for each version
+        versions += [f"devices.eval_frequency={max(1, job.devices.eval_frequency // each)}"]
     asked = {"config": str(config), "settings": [*settings, *versions]}
     told = json.loads(done.read_text()) if done.exists() else {}
     if told and told["asked"] != asked:

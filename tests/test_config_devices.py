@@ -34,7 +34,15 @@ REFUSED = {
     ('devices.device_speed={distribution="gamma", mean=1.0}',): "must be 'constant', 'normal'",
     ("devices.enable=true",): "[devices] device_speed = {'distribution': 'normal', 'mean': ()",
     ("devices.device_speed=3",): "[devices.device_speed]: must be a table, but it is 3",
+    ('devices.device_speed={mean="a"}',): "must be a number, or a list of one for each class of",
+    ("devices.device_speed={mean=true}",): "must be a number, or a list of one for each class of",
+    ("devices.device_speed={mean=1e10}",): "mean[0] = 10000000000.0: must be less than or equal",
+    (
+        'devices.device_speed={distribution="log-normal", mean=1e-200, std=1.0}',
+    ): "std must be at most a million times mean",
     # devices and servers that cannot be
+    (*DRAWN, "hierarchy.num_servers=1000000000000"): "num_servers = 1000000000000: must be less",
+    (*DRAWN, "asynchronous.rule=fedavg", "devices.over_selection=1e308"): "less than or equal to",
     (*DRAWN, "devices.device_selection_size=151"): "151 devices are selected and there are 150 in",
     (*LEAF, "devices.device_selection_size=51"): "there are 50 under a leaf server: select fewer",
     (*DRAWN, "devices.num_updates_for_model=11"): "would wait for 11 updates of 10 active devices",
@@ -123,3 +131,6 @@ def test_versions_keep_the_learning_rate_and_have_no_patience_unless_asked():
     assert (versions.lr_gamma, versions.es_patience) == (1.0, 0)
     asked = Settings.from_tables({**table, "hierarchy": {"es_patience": 3}}).hierarchy
     assert asked.es_patience == 3
+    # And so it is beside the project's own tables.
+    assert load_settings().hierarchy.lr_gamma == 0.99
+    assert load_settings(assignments=DRAWN).hierarchy.learning_rate(1000) == 0.05

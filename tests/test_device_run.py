@@ -13,7 +13,7 @@ import psutil
 import pytest
 from flwr.app import MetricRecord
 
-from fedge_sim import client_app, device_run, records
+from fedge_sim import checkpoint, client_app, device_run, records
 from fedge_sim.config import load_settings
 from fedge_sim.device_run import DeviceRun
 from fedge_sim.errors import CheckpointError, RoundError
@@ -58,8 +58,10 @@ RULES = {
 # Of one server for each leaf: the rules that keep something, or weigh by staleness.
 RULES |= {
     f"leaf {rule}": [*RULES["leaf"], *RULES[rule]]
-    for rule in ("fedasync", "downweight", "fedrevive")
+    for rule in ("fedavg", "fedasync", "downweight", "fedrevive")
 }
+LIGHT = ["fedrevive.variant=light", "fedrevive.unlabelled_data=unlabelled.npz"]
+RULES |= {"light": [*RULES["fedrevive"], *LIGHT]}
 
 
 class Models(Callback):
@@ -82,7 +84,10 @@ class Models(Callback):
 
 
 @pytest.fixture
-def settings(tmp_path):
+def settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.savez("unlabelled.npz", x=np.random.default_rng(0).random((64, 1, 8, 8), np.float32))
+
     def make(*assignments):
         output = f"app.config.output-dir={tmp_path / 'results'}"
         return load_settings(assignments=[output, *DEVICES, *assignments])
@@ -124,16 +129,30 @@ def test_parallel_is_strictly_sequential_to_the_last_byte(settings, rule):
     assert (max(stale) > 0) == (rule != "fedavg")
 
 
-@pytest.mark.parametrize("rule", ["fedbuff", "fedavg"])
-def test_cohorts_are_sequential_to_1e_5_and_the_same_each_time(settings, rule):
-    made = settings(*RULES[rule], "runtime.training=cohort", "runtime.cohort_size=4")
-    alone = settings(*RULES[rule])
-    _, one = follow(alone, workers=1, ahead=0)
+JOB = ["app.config.model=cnn2d-small", "hierarchy.optimizer=adam", "hierarchy.lr_init=0.0003"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "more"), [("fedbuff", []), ("fedavg", []), ("leaf", []), ("fedbuff", JOB)]
+)
+def test_cohorts_are_sequential_to_1e_5_and_the_same_each_time(settings, monkeypatch, rule, more):
+    together = []
+
+    def answer(messages, *rest):
+        together.append(len(messages))
+        return answer_together(messages, *rest)
+
+    answer_together = client_app.answer_together
+    monkeypatch.setattr(client_app, "answer_together", answer)
+    made = settings(*RULES[rule], *more, "runtime.training=cohort", "runtime.cohort_size=4")
+    _, one = follow(settings(*RULES[rule], *more), workers=1, ahead=0)
     _, cohorts = follow(made, workers=2, cohort=4)
     _, again = follow(made, workers=2, cohort=4)
+    assert max(together) == 4
     assert same(cohorts, again)
-    for name, array in one[0].items():
-        np.testing.assert_allclose(cohorts[0][name], array, atol=1e-5)
+    for alone, model in zip(one, cohorts, strict=True):
+        for name, array in alone.items():
+            np.testing.assert_allclose(model[name], array, atol=1e-5)
 
 
 def test_actors_do_as_threads_do(settings, start_ray):
@@ -192,17 +211,19 @@ def test_flowers_own_runtime_does_as_threads_do(settings, tmp_path):
     assert json.loads(told.read_text()) == here
 
 
-def test_slower_devices_take_simulated_time_and_change_nothing_else(settings):
+@pytest.mark.parametrize("times", [10.0, 1e7])  # years, were any of it waited for
+def test_slower_devices_take_simulated_time_and_change_nothing_else(settings, times):
     fast, one = follow(settings(*RULES["fedbuff"], "devices.job_timeout=0.0"))
+    means = f"mean=[{times}, {3 * times}]"
     slower = [
-        'devices.device_speed={distribution="exponential", mean=[10.0, 30.0]}',
-        "devices.communication_delay={mean=1.0, std=0.2}",
-        *("devices.job_timeout=0.0", "devices.update_timeout=5000.0"),
+        f'devices.device_speed={{distribution="exponential", {means}}}',
+        f"devices.communication_delay={{mean={0.1 * times}, std={0.02 * times}}}",
+        *("devices.job_timeout=0.0", f"devices.update_timeout={500 * times}"),
     ]
     slow, ten = follow(settings(*RULES["fedbuff"], *slower))
     assert same(one, ten)
-    times = [np.array([r.event.time for r in told.versions]) for told in (fast, slow)]
-    np.testing.assert_allclose(times[1], 10 * times[0])
+    made = [np.array([r.event.time for r in told.versions]) for told in (fast, slow)]
+    np.testing.assert_allclose(made[1], times * made[0])
 
 
 def test_equal_devices_that_all_wait_are_fedavg(settings):
@@ -329,10 +350,23 @@ def tables(folder):
     return {f.name: pl.read_csv(f).drop("seconds", strict=False).rows() for f in files}
 
 
-@pytest.mark.parametrize("rule", ["fedrevive", "leaf"])
-def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, monkeypatch, rule):
+def totals(folder):
+    """Return what a run sums up to, but for wall time, and how leaf servers were grouped."""
+    found = json.loads((folder / "devices.json").read_text())
+    assert found.pop("seconds") > 0
+    history = folder / "metrics/seed_42/cluster_history.json"
+    return found, history.exists() and json.loads(history.read_text())
+
+
+@pytest.fixture
+def saved_each_time(monkeypatch):
     monkeypatch.setattr(device_run, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
+
+
+@pytest.mark.parametrize("rule", ["fedrevive", "light", "leaf", "leaf fedavg"])
+@pytest.mark.usefixtures("saved_each_time")
+def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, rule):
     made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'whole'}")
     _, whole = follow(made, callbacks=[VersionWriter()])
     made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'killed'}")
@@ -345,13 +379,54 @@ def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, monk
     assert same(whole, models)
     [other] = (tmp_path / "whole").iterdir()
     assert tables(folder) == tables(other)
+    assert totals(folder) == totals(other)
     with pytest.raises(CheckpointError, match="finished"):
         resume(folder, lambda _: [])
 
 
-def test_a_killed_run_goes_on_with_the_same_cohorts(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(device_run, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
+class FullDisk(Callback):
+    """Fails where a run's last files are written."""
+
+    def on_versions_end(self, state, left):
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("target", ["0.0", "0.2"])
+@pytest.mark.usefixtures("saved_each_time")
+def test_a_run_whose_last_files_failed_is_resumed_to_write_them(settings, tmp_path, target):
+    wanted = f"hierarchy.target_accuracy={target}"
+    folders = []
+    for name in ("whole", "failed"):
+        made = settings(*RULES["fedbuff"], wanted, f"app.config.output-dir={tmp_path / name}")
+        own = [VersionWriter(), TargetAccuracy()]
+        if name == "whole":
+            follow(made, callbacks=own)
+        else:
+            with pytest.raises(OSError, match="No space"):
+                follow(made, callbacks=[*own, FullDisk(), WeightWriter()])
+        [folder] = (tmp_path / name).iterdir()
+        folders.append(folder)
+    assert not (folder / "models" / "global.safetensors").exists()
+    resume(folder, lambda _: [VersionWriter(), TargetAccuracy(), WeightWriter()])
+    assert (folder / "models" / "global.safetensors").exists()
+    assert tables(folders[0]) == tables(folders[1])
+    assert totals(folders[0]) == totals(folders[1])
+
+
+@pytest.mark.usefixtures("saved_each_time")
+def test_wall_time_is_that_of_all_parts(settings, tmp_path):
+    made = settings(*RULES["fedbuff"])
+    with pytest.raises(KeyboardInterrupt):
+        follow(made, callbacks=[VersionWriter(), Stop(2)])
+    [folder] = (tmp_path / "results").iterdir()
+    tree = checkpoint.load(folder / checkpoint.NAME)
+    checkpoint.save(folder / checkpoint.NAME, {**tree, "seconds": 1000.0})  # as if it had been slow
+    follow(made, callbacks=[VersionWriter()], folder=folder)
+    assert 1000 < json.loads((folder / "devices.json").read_text())["seconds"] < 2000
+
+
+@pytest.mark.usefixtures("saved_each_time")
+def test_a_killed_run_goes_on_with_the_same_cohorts(settings, tmp_path):
     cohorts = [*RULES["fedbuff"], "runtime.training=cohort", "runtime.cohort_size=4"]
     made = settings(*cohorts, f"app.config.output-dir={tmp_path / 'whole'}")
     _, whole = follow(made, cohort=4)
@@ -532,6 +607,7 @@ def test_a_million_devices_start_in_4_gib(settings, tmp_path):
         [sys.executable, "-c", BIG, *assignments],
         capture_output=True,
         text=True,
+        timeout=300,
         env=clean_environment(),
     )
     assert done.returncode == 0, done.stderr

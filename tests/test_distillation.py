@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from fedge_sim import checkpoint
-from fedge_sim.algorithms.asynchronous import Update, average, difference
+from fedge_sim.algorithms.asynchronous import Update, average
 from fedge_sim.algorithms.distillation import (
     Lesson,
     Teacher,
@@ -66,7 +66,7 @@ def rule_of(settings, shape=SHAPE, server=0):
 
 def update(number, start, seed=None, name="cnn1d", shape=SHAPE, counts=(4, 3, 2, 1)):
     arrays = model_arrays(network(name, shape, seed=number + 1 if seed is None else seed))
-    return Update(0, number, 0, 3, sum(counts), counts, arrays, difference(arrays, start))
+    return Update(0, number, 0, 3, sum(counts), counts, arrays, start)
 
 
 def bytes_of(arrays):

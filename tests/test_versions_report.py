@@ -79,11 +79,11 @@ def rows_of(folder, name):
         return list(csv.DictReader(file))
 
 
-def write(info, events, writer=None, seconds=1.0):
+def write(info, events, writer=None):
     writer = writer or VersionWriter()
     writer.on_run_start(info)
-    for i, event in enumerate(events, 1):
-        writer.on_version(record_of(event, i * seconds))
+    for event in events:
+        writer.on_version(record_of(event, 0.5 * event.time))
     return writer
 
 
@@ -161,7 +161,6 @@ def test_what_runs_is_written_down(tmp_path, per_leaf, listed):
 
 
 def test_a_run_that_is_resumed_has_all_of_it(tmp_path):
-    """Wall time, which begins anew, is that of both parts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     events = [e for e in timeline(info_of(whole).settings, 0, 0) if isinstance(e, VersionMade)]
     for folder, cut in ((whole, len(events)), (parts, 12)):

@@ -173,7 +173,7 @@ class VersionRecord:
     bytes_up, bytes_down : int
         Of its jobs; down also of those that were lost before it.
     seconds : float
-        Wall time since the run began.
+        Wall time since the run began, without what lay between its parts if it was resumed.
     """
 
     event: VersionMade
@@ -203,7 +203,7 @@ class HeldOut:
         Of all servers up to then.
     test : Evaluation
     seconds : float
-        Wall time since the run began.
+        Wall time since the run began, without what lay between its parts if it was resumed.
     """
 
     what: Literal["leaf", "cloud"]

@@ -47,13 +47,11 @@ def totals(metrics: Path, places: int) -> dict[str, Any]:
         devices=pl.col("client").n_unique(),
         last=pl.col("ended").max(),
     ).collect(engine="streaming")
-    since = pl.col("seconds") - pl.col("seconds").shift(fill_value=0)
     ends = versions.select(
         versions=pl.len(),
         updates=pl.col("updates").sum(),
         simulated_seconds=pl.col("simulated_seconds").max(),
-        # Where a run was resumed, the count begins anew.
-        seconds=pl.when(since < 0).then(pl.col("seconds")).otherwise(since).sum(),
+        seconds=pl.col("seconds").max(),
     ).collect(engine="streaming")
     at_work, under_way, computed, devices, last = sums.row(0)
     seconds = max(ends["simulated_seconds"].item(), last)
