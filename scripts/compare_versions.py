@@ -20,7 +20,8 @@ from fedge_sim.config import load_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 JOB = ROOT / "scripts" / "jobs" / "cifar10_16px.toml"
-# Of each rule: what it is called, and its settings; server_lr is the research job's.
+# Of each rule: what it is called, and its settings. Rates are those of the research jobs, but
+# FedAvg's is 1; FedBuff, too, makes a version of each update.
 RULES = {
     "FedAvg": ("asynchronous.rule=fedavg", "hierarchy.server_lr=1.0"),
     "FedAsync": (

@@ -266,6 +266,27 @@ def test_lost_jobs_cost_no_real_work(settings):
     assert not lost & came
 
 
+def test_devices_send_their_model_and_counts_and_nothing_else(settings):
+    sent = []
+
+    def app(message, context):
+        reply = client_app.app(message, context)
+        if message.metadata.message_type == "train":
+            sent.append((message.content, reply.content))
+        return reply
+
+    follow(settings(*RULES["fedrevive"]), app=app)
+    assert len(sent) >= 16
+    for asked, told in sent:
+        [(_, start)], [(_, arrays)] = asked.array_records.items(), told.array_records.items()
+        shapes = [{n: (a.shape, a.dtype) for n, a in r.items()} for r in (start, arrays)]
+        assert shapes[0] == shapes[1]
+        [(_, metrics)], [(_, config)] = told.metric_records.items(), told.config_records.items()
+        assert len(metrics.pop(records.CLASS_COUNTS)) == 10
+        assert metrics.keys() == {records.NUM_EXAMPLES, records.LOSS, records.SECONDS}
+        assert config.keys() == {records.PATH}
+
+
 def test_a_device_that_fails_is_left_out_by_name(settings, caplog):
     victims = {0, 3}
 

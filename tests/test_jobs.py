@@ -1,12 +1,17 @@
 """The jobs of the older programs, as files to run: each loads, and says what it is meant to."""
 
+import json
 import re
 
+import numpy as np
 import pytest
+from rich.console import Console
 
 from fedge_sim.config import load_settings
 from fedge_sim.errors import ConfigError
-from tests.conftest import ROOT
+from fedge_sim.orchestrator import run
+from fedge_sim.reporting import version_callbacks
+from tests.conftest import CIFAR_NPZ, ROOT
 
 JOBS = {file.stem: file for file in sorted((ROOT / "scripts" / "jobs").glob("*.toml"))}
 
@@ -27,7 +32,8 @@ def test_a_job_loads_and_names_its_command(name):
         ("cifar10_fedavg", "fedavg", 40_000, 100, 100, 1.4),
         ("cifar10_fedrevive", "fedrevive", 40_000, 200, 20, 0.1),
         ("cifar10_fedrevive_research", "fedrevive", 1000, 100, 1, 0.1),
-        ("cifar10_fedbuff", "fedbuff", 1000, 100, 1, 0.05),
+        ("cifar10_fedavg_research", "fedavg", 1000, 100, 100, 1.4),
+        ("cifar10_fedbuff", "fedbuff", 1000, 100, 2, 0.05),
         ("cifar10_fedasync", "fedasync", 1000, 100, 1, 1.0),
         ("cifar10_downweight", "downweight", 1000, 100, 1, 0.1),
     ],
@@ -42,6 +48,28 @@ def test_jobs_are_those_of_the_older_programs(name, rule, devices, selected, upd
     assert (h.clip_norm, h.label_smoothing, h.prox_mu, h.es_patience) == (0, 0, 0, 0)
     assert d.device_speed.mean == (1.0, 1.3, 1.6)
     assert (settings.asynchronous.beta, settings.asynchronous.beta_factor) == ("cosine", 75.0)
+
+
+@pytest.mark.parametrize("name", sorted(JOBS.keys() - {"cifar10_16px"}))
+def test_a_job_runs(name, shared, saved, tmp_path):
+    """With fewer and shorter trainings, down to the last file."""
+    images = np.load(shared / CIFAR_NPZ)
+    file = saved({key: images[key][:500] if key in "xy" else images[key] for key in images})
+    shorter = [
+        *(f"app.config.data-root={file}", f"app.config.output-dir={tmp_path / 'results'}"),
+        *("devices.local_iters=1", "devices.device_selection_size=3", "devices.min_hole_to_fill=1"),
+        *("devices.max_model_version=3", "runtime.backend=inprocess", "runtime.training=single"),
+        *("runtime.compile=false", "fedrevive.freeze_versions=0", "fedrevive.warmup_versions=1"),
+        *("fedrevive.generator_width=4", "fedrevive.synthesis_batch_size=4"),
+        "fedrevive.kd_steps=1",
+    ]
+    if load_settings(JOBS[name]).devices.num_updates_for_model > 3:
+        shorter += ["devices.num_updates_for_model=2"]
+    folder = run(
+        load_settings(JOBS[name], assignments=shorter), version_callbacks(Console(quiet=True))
+    ).folder
+    assert json.loads((folder / "devices.json").read_text())["versions"] == 3
+    assert (folder / "models" / "global.safetensors").exists()
 
 
 def test_another_beta_in_a_job_asks_for_its_factor():
