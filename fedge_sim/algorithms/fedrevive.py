@@ -24,6 +24,7 @@ from fedge_sim.algorithms.generator import Generator
 from fedge_sim.algorithms.synthesis import Synthesiser
 from fedge_sim.config import Settings
 from fedge_sim.errors import DataError
+from fedge_sim.memory import trim
 from fedge_sim.models import build_model, initialise
 from fedge_sim.randomness import stream, torch_generator
 
@@ -108,6 +109,7 @@ class FedRevive:
         warm = version > own.warmup_versions
         student = self._network(model).eval().requires_grad_(False)
         self.source.prepare(self.teachers, student, random, adversarial=warm)
+        trim()  # else each thread that makes versions would keep its own
         if not warm:
             return change(model, update, 1.0, self._trainable)
         distilled = self._distilled(model, random)
@@ -125,6 +127,7 @@ class FedRevive:
         student = self._network(model)
         lesson = self.source.lesson(self.teachers, random)
         skipped = distil(student, lesson, self._settings.fedrevive)
+        trim()
         if skipped:
             log.warning("%d steps of distillation skipped: not finite", skipped)
             self.skipped_steps += skipped
@@ -144,13 +147,14 @@ class FedRevive:
         return network.to(self._device)
 
     def state(self) -> dict[str, Any]:
-        """Return teachers and what their lessons are made of, as a checkpoint can hold it."""
+        """Return teachers and what their lessons are made of, as a checkpoint can hold it.
+
+        What does not change any more is no copy.
+        """
         return {
             "teachers": [
                 {
-                    "arrays": {
-                        n: t.cpu().numpy().copy() for n, t in k.network.state_dict().items()
-                    },
+                    "arrays": {n: t.cpu().numpy() for n, t in k.network.state_dict().items()},
                     "mix": k.mix,
                 }
                 for k in self.teachers

@@ -72,6 +72,9 @@ def synthesis_loss(
     layers, each by its mean w_k; less ``adversarial`` times sum_k w_k(y) KL(teacher_k || student)
     where both say the same class, as there a student can still learn (Askin et al. 2025).
 
+    Its gradient goes back through x at once, from one teacher after the other: what all of them
+    keep for it would be most of the server's memory.
+
     Parameters
     ----------
     x : Tensor (B, *shape)
@@ -81,22 +84,43 @@ def synthesis_loss(
         In evaluation mode; None leaves the last term out.
     settings : FedRevive
     """
-    logits, gaps = [], []
-    for teacher in teachers:
-        with batch_norm_gaps(teacher.network) as own:
-            logits.append(teacher.network(x))
-        gaps.append(torch.stack(own).sum() if own else x.new_zeros(()))
-    logits_KBC = torch.stack(logits)
     weights_KB = teacher_weights(teachers).to(x.device)[:, labels]
-    log_p_KBC = functional.log_softmax(logits_KBC, 2)
-    entropy_KB = -log_p_KBC.gather(2, labels.expand(len(teachers), -1)[..., None])[..., 0]
-    loss = settings.one_hot * (weights_KB * entropy_KB).sum(0).mean()
-    loss = loss + settings.batch_norm * (weights_KB.mean(1) * torch.stack(gaps)).sum()
+    made = x.detach().requires_grad_()
+    said_BC = known_BC = None
     if student is not None:
-        logits_BC = student(x)
-        gain_KB = (log_p_KBC.exp() * (log_p_KBC - functional.log_softmax(logits_BC, 1))).sum(2)
-        agree_KB = logits_KBC.argmax(2) == logits_BC.argmax(1)
-        loss = loss - settings.adversarial * (weights_KB * gain_KB * agree_KB).sum(0).mean()
+        said_BC = student(made)
+        known_BC = said_BC.detach().requires_grad_()
+    total = x.new_zeros(())
+    for teacher, weights_B in zip(teachers, weights_KB, strict=True):
+        loss = _loss_of(teacher, made, labels, weights_B, known_BC, settings)
+        loss.backward()
+        total += loss.detach()
+    if said_BC is not None and known_BC is not None:
+        said_BC.backward(known_BC.grad)
+    if x.requires_grad:
+        x.backward(made.grad)
+    return total
+
+
+def _loss_of(
+    teacher: Teacher,
+    x: Tensor,
+    labels: Tensor,
+    weights_B: Tensor,
+    student_BC: Tensor | None,
+    settings: FedRevive,
+) -> Tensor:
+    """Return a teacher's part of the loss; of the student there are its logits."""
+    with batch_norm_gaps(teacher.network) as gaps:
+        log_p_BC = functional.log_softmax(teacher.network(x), 1)
+    entropy_B = functional.nll_loss(log_p_BC, labels, reduction="none")
+    loss = settings.one_hot * (weights_B * entropy_B).mean()
+    if gaps:
+        loss = loss + settings.batch_norm * weights_B.mean() * torch.stack(gaps).sum()
+    if student_BC is not None:
+        gain_B = (log_p_BC.exp() * (log_p_BC - functional.log_softmax(student_BC, 1))).sum(1)
+        agree_B = log_p_BC.argmax(1) == student_BC.argmax(1)
+        loss = loss - settings.adversarial * (weights_B * gain_B * agree_B).mean()
     return loss
 
 
@@ -140,14 +164,13 @@ class Synthesiser:
         adam = torch.optim.Adam(own, s.generator_lr, BETAS)
         lowest, best = float("inf"), None
         for _ in range(s.generator_steps):
+            adam.zero_grad()
             x = clone(noise, y)
             loss = synthesis_loss(x, y, teachers, student if adversarial else None, s)
             if not torch.isfinite(loss):
                 break  # so would be all that follows
             if loss.item() < lowest:
                 lowest, best = loss.item(), x.detach()
-            adam.zero_grad()
-            loss.backward()
             adam.step()
         if best is not None:
             self._keep(best, labels)
@@ -186,7 +209,7 @@ class Synthesiser:
                 {name: value.cpu().numpy().copy() for name, value in adam[i].items()}
                 for i in range(len(adam))
             ],
-            "x": self.x.cpu().numpy().copy(),
+            "x": self.x.cpu().numpy(),
             "labels": self.labels,
         }
 

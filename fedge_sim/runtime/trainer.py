@@ -4,7 +4,6 @@ Its ordinary calls work on messages, one hand at a time; those of the group "con
 meanwhile, so that the grid can ask what goes on.
 """
 
-import ctypes
 import gc
 import importlib
 import os
@@ -34,6 +33,7 @@ from fedge_sim import client_app as our_client_app
 from fedge_sim.config import settings_from_json
 from fedge_sim.data import federated_data
 from fedge_sim.errors import FedgeError
+from fedge_sim.memory import trim
 from fedge_sim.runtime import node
 from fedge_sim.runtime.node import Answer, Failure, Node, States, identify
 from fedge_sim.runtime.sizing import Need
@@ -42,6 +42,7 @@ from fedge_sim.training.choice import Choice
 CONTROL = "control"  # the concurrency group
 KEPT_MODELS, KEPT_BYTES = 8, 256 * 2**20  # at most, of the newest rounds and leaf servers
 METRICS_SECONDS = 2.0  # between two reports of memory
+TRIM_SECONDS = 5.0  # between two times that memory of the host is given back
 
 ModelRef: TypeAlias = "ray.ObjectRef[ArrayRecord]"
 
@@ -134,6 +135,7 @@ class Trainer:
         self._streams = self._cohort_size = 1
         self._at_rest = 0, 0  # memory when it was probed: of its own, and as the peak is counted
         self._trained_at_a_time = 0
+        self._next_trim = 0.0
         if self._on_gpu:  # the same bits again
             torch.backends.cudnn.deterministic = True
         gc.freeze()  # what is imported stays: no pass of the collector need look at it
@@ -235,6 +237,9 @@ class Trainer:
         all_found = self._pool.map(self._answer, cohorts, repeat(states))
         for cohort, found in zip(cohorts, all_found, strict=True):
             answers.update(zip((m.metadata.message_id for m in cohort), found, strict=True))
+        if not self._on_gpu and time.monotonic() >= self._next_trim:
+            trim()  # what each thread that received or sent models keeps of them
+            self._next_trim = time.monotonic() + TRIM_SECONDS
         return [answers[message.metadata.message_id] for message in messages]
 
     def clean(self) -> None:
@@ -242,8 +247,8 @@ class Trainer:
         gc.collect()
         if self._on_gpu:
             torch.cuda.empty_cache()
-        elif sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)  # glibc's, of the host's memory
+        else:
+            trim()
 
     # ------------------------------------------------------------------ control
 
