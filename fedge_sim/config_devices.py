@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from fedge_sim.config_types import (
     Count,
@@ -16,15 +16,26 @@ from fedge_sim.config_types import (
 )
 
 WHOLE = 1e-6  # how far shares may be from adding up to 1
+WIDEST = 1e6  # a standard deviation, in means
 
 
 def _as_list(value: Any) -> Any:
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Bounded = Annotated[float, Field(ge=0, le=1e9)]  # of seconds: 30 years
-NumberOrList = Annotated[tuple[Bounded, ...], Field(strict=False), BeforeValidator(_as_list)]
-WIDEST = 1e6  # a standard deviation, in means
+def _moves(rate: float) -> float:
+    if 0 < rate < 1:
+        raise ValueError("must be 0 (no limit), or at least 1 byte a second")
+    return rate
+
+
+# At most a billion: as seconds, 30 years.
+NumberOrList = Annotated[
+    tuple[Annotated[float, Field(ge=0, le=1e9)], ...],
+    Field(strict=False),
+    BeforeValidator(_as_list),
+]
+BytesPerSecond = Annotated[NonNegative, AfterValidator(_moves)]
 WholeOrZero = Annotated[int, Field(ge=0, le=2**31 - 1)]
 
 
@@ -79,8 +90,8 @@ class Delay(Table):
 class Bandwidth(Table):
     """Of a link, in bytes a simulated second, each way; 0: no limit."""
 
-    down: NonNegative = 0.0
-    up: NonNegative = 0.0
+    down: BytesPerSecond = 0.0
+    up: BytesPerSecond = 0.0
 
 
 class Availability(Table):

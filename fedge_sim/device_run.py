@@ -214,12 +214,12 @@ class DeviceRun:
                     self._collect()
             if self._reason:
                 log.info("ended after %d updates: %s", self._updates, self._reason)
-            self._save(ended=False)  # whoever is killed in what follows does it again
+            self._save("over")  # who is killed in what follows does it again
             end = self._now
             left = [_when_ended(job, end) for job in self._at_work.values()]
             for callback in self.callbacks:
                 callback.on_versions_end(self._cloud, left)
-            self._save(ended=True)
+            self._save("ended")
         finally:
             for callback in self.callbacks:
                 callback.close()
@@ -424,19 +424,20 @@ class DeviceRun:
         whole = isinstance(event, VersionMade | CloudAnswers)
         if whole and (begun := time.monotonic()) >= self._next_save:
             self._collect()
-            self._save(ended=False)
+            self._save("under way")
             ended = time.monotonic()
             self._next_save = ended + max(SAVE_SECONDS, (ended - begun) / SAVE_SHARE)
 
-    def _save(self, *, ended: bool) -> None:
+    def _save(self, stage: Literal["under way", "over", "ended"]) -> None:
         """Write the checkpoint of this moment, in the place of the one before.
 
-        Beside the servers, the models that jobs began with, and what came of some of them.
+        Beside the servers, the models that jobs began with, and what came of some of them; once
+        the run is over, as all versions are made, nobody needs these.
         """
         place = _Places()
-        starts, done = ({}, {}) if ended else self._trainings.state()
+        starts, done = self._trainings.state() if stage == "under way" else ({}, {})
         tree: dict[str, Any] = {
-            "ended": ended,
+            "ended": stage == "ended",
             "reason": self._reason,
             "seconds": self._seconds(),
             "position": self._position,

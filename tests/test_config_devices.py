@@ -40,6 +40,7 @@ REFUSED = {
     (
         'devices.device_speed={distribution="log-normal", mean=1e-200, std=1.0}',
     ): "std must be at most a million times mean",
+    ("devices.client_leaf_bandwidth={up=1e-308}",): "must be 0 (no limit), or at least 1 byte a",
     # devices and servers that cannot be
     (*DRAWN, "hierarchy.num_servers=1000000000000"): "num_servers = 1000000000000: must be less",
     (*DRAWN, "asynchronous.rule=fedavg", "devices.over_selection=1e308"): "less than or equal to",

@@ -23,7 +23,7 @@ from fedge_sim.algorithms.distillation import (
 from fedge_sim.algorithms.fedrevive import unlabelled
 from fedge_sim.algorithms.generator import Generator
 from fedge_sim.algorithms.server_rules import server_rule
-from fedge_sim.algorithms.synthesis import Synthesiser, batch_norm_gaps, synthesis_loss
+from fedge_sim.algorithms.synthesis import Synthesiser, backward_synthesis, batch_norm_gaps
 from fedge_sim.config import load_settings
 from fedge_sim.config_devices import FedRevive
 from fedge_sim.errors import ConfigError, DataError
@@ -138,7 +138,7 @@ def test_the_loss_of_synthesis_by_hand():
     teachers = [Teacher(says(list(v)), mix) for v, mix in zip(logs, mixes, strict=True)]
     x, y = torch.zeros(2, 3), torch.tensor([0, 1])
     s = FedRevive(one_hot=1.0, adversarial=0.1)
-    loss = synthesis_loss(x, y, teachers, None, s)
+    loss = backward_synthesis(x, y, teachers, None, s)
     first = -0.25 * math.log(0.7) - 0.75 * math.log(0.2)
     second = -0.75 * math.log(0.3) - 0.25 * math.log(0.8)
     one_hot = (first + second) / 2
@@ -146,8 +146,36 @@ def test_the_loss_of_synthesis_by_hand():
     # The student says class 0, as the first teacher does, whose mean weight is 1/2.
     student = says(list(np.log([0.6, 0.4])))
     gain = 0.5 * (0.7 * math.log(0.7 / 0.6) + 0.3 * math.log(0.3 / 0.4))
-    loss = synthesis_loss(x, y, teachers, student, s)
+    loss = backward_synthesis(x, y, teachers, student, s)
     assert loss.item() == pytest.approx(one_hot - 0.1 * gain)
+
+
+def test_the_gradient_of_synthesis_is_that_of_the_sum_over_teachers():
+    counts = ((4, 3, 2, 1), (1, 1, 5, 1), (0, 2, 2, 9))
+    teachers = [Teacher(network(seed=i), class_mix(own)) for i, own in enumerate(counts)]
+    student = network(seed=7).eval().requires_grad_(False)
+    s = FedRevive(batch_norm=0.1, adversarial=1.0)
+    noise = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(64) % CLASSES
+    here, there = noise.clone().requires_grad_(), noise.clone().requires_grad_()
+    total = backward_synthesis(3 * here, y, teachers, student, s)
+
+    logits, gaps = [], []
+    for own in teachers:
+        with batch_norm_gaps(own.network) as found:
+            logits.append(own.network(3 * there))
+        gaps.append(torch.stack(found).sum())
+    weights = teacher_weights(teachers)[:, y]
+    said, log_p = student(3 * there), torch.stack(logits).log_softmax(2)
+    gain = (log_p.exp() * (log_p - said.log_softmax(1))).sum(2)
+    agree = log_p.argmax(2) == said.argmax(1)
+    assert 0.05 < agree.float().mean() < 0.95
+    entropy = -log_p.gather(2, y.expand(3, -1)[..., None])[..., 0]
+    loss = (weights * (entropy - gain * agree)).sum(0).mean()
+    loss = loss + 0.1 * (weights.mean(1) * torch.stack(gaps)).sum()
+    loss.backward()
+    torch.testing.assert_close(total, loss.detach())
+    torch.testing.assert_close(here.grad, there.grad, rtol=1e-4, atol=1e-6)
 
 
 # --------------------------------------------------------------- distillation

@@ -50,7 +50,7 @@ def test_jobs_are_those_of_the_older_programs(name, rule, devices, selected, upd
     assert (settings.asynchronous.beta, settings.asynchronous.beta_factor) == ("cosine", 75.0)
 
 
-@pytest.mark.parametrize("name", sorted(JOBS.keys() - {"cifar10_16px"}))
+@pytest.mark.parametrize("name", JOBS)
 def test_a_job_runs(name, shared, saved, tmp_path):
     """With fewer and shorter trainings, down to the last file."""
     images = np.load(shared / CIFAR_NPZ)

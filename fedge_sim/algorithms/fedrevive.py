@@ -109,7 +109,7 @@ class FedRevive:
         warm = version > own.warmup_versions
         student = self._network(model).eval().requires_grad_(False)
         self.source.prepare(self.teachers, student, random, adversarial=warm)
-        trim()  # else each thread that makes versions would keep its own
+        self._trim()
         if not warm:
             return change(model, update, 1.0, self._trainable)
         distilled = self._distilled(model, random)
@@ -127,7 +127,7 @@ class FedRevive:
         student = self._network(model)
         lesson = self.source.lesson(self.teachers, random)
         skipped = distil(student, lesson, self._settings.fedrevive)
-        trim()
+        self._trim()
         if skipped:
             log.warning("%d steps of distillation skipped: not finite", skipped)
             self.skipped_steps += skipped
@@ -135,6 +135,11 @@ class FedRevive:
             name: parameter.detach().cpu().numpy().astype(np.float64) - model[name]
             for name, parameter in student.named_parameters()
         }
+
+    def _trim(self) -> None:
+        """Give memory back, of which each thread that makes versions would keep its own."""
+        if self._device.type == "cpu":
+            trim()
 
     def _network(self, arrays: Arrays) -> nn.Module:
         network = build_model(self._settings.data.model, *self._shape)

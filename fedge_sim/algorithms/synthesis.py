@@ -58,22 +58,23 @@ def batch_norm_gaps(network: nn.Module) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-def synthesis_loss(
+def backward_synthesis(
     x: Tensor,
     labels: Tensor,
     teachers: Sequence[Teacher],
     student: nn.Module | None,
     settings: FedRevive,
 ) -> Tensor:
-    """Return how unlike a good batch of samples x is.
+    """Add the gradient of a batch's loss to all that x is made of, and return the loss, detached.
 
-    With w_k(y) of :func:`teacher_weights`, the mean over the batch of ``one_hot`` times
-    sum_k w_k(y) CE(teacher_k(x), y); ``batch_norm`` times the gaps of all teachers' BatchNorm
-    layers, each by its mean w_k; less ``adversarial`` times sum_k w_k(y) KL(teacher_k || student)
-    where both say the same class, as there a student can still learn (Askin et al. 2025).
+    The loss says how unlike a good batch of samples x is. With w_k(y) of :func:`teacher_weights`,
+    it is the mean over the batch of ``one_hot`` times sum_k w_k(y) CE(teacher_k(x), y);
+    ``batch_norm`` times the gaps of all teachers' BatchNorm layers, each by its mean w_k; less
+    ``adversarial`` times sum_k w_k(y) KL(teacher_k || student) where both say the same class, as
+    there a student can still learn (Askin et al. 2025).
 
-    Its gradient goes back through x at once, from one teacher after the other: what all of them
-    keep for it would be most of the server's memory.
+    Its gradient is that of one teacher after the other: what all of them together keep for it
+    would be most of the server's memory.
 
     Parameters
     ----------
@@ -166,7 +167,7 @@ class Synthesiser:
         for _ in range(s.generator_steps):
             adam.zero_grad()
             x = clone(noise, y)
-            loss = synthesis_loss(x, y, teachers, student if adversarial else None, s)
+            loss = backward_synthesis(x, y, teachers, student if adversarial else None, s)
             if not torch.isfinite(loss):
                 break  # so would be all that follows
             if loss.item() < lowest:
