@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import Settings, load_settings
@@ -25,6 +27,12 @@ from fedge_sim.reporting.weights import WeightWriter
 from fedge_sim.runtime.backend import CLIENT_APP
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.runtime.ray_grid import RayGrid
+
+# No deadline and no complaint of slowness: a busy machine is no fault of the code.
+hypothesis_settings.register_profile(
+    "project", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+hypothesis_settings.load_profile("project")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -49,7 +49,7 @@ def runs(draw):
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(runs())
 def test_what_holds_for_every_timeline(tables):
     run = settings_of(**tables)
@@ -121,7 +121,7 @@ def scaled(tables, factor):
     return times(tables, "job_timeout", "update_timeout") | changed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(runs())
 def test_all_delays_eight_times_as_long_change_only_the_times(tables):
     # A power of two: floating point scales by it without rounding.

@@ -32,7 +32,7 @@ def close(ours: Evaluation, theirs: Evaluation) -> bool:
     return ours.loss == pytest.approx(theirs.loss, rel=1e-5) and ours.accuracy == theirs.accuracy
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(sizes=st.lists(st.integers(0, 20), max_size=6), batch=st.integers(1, 30))
 def test_together_is_as_alone(sizes, batch):
     rng, model = np.random.default_rng(1), network("mlp")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedge_sim.config import load_settings
@@ -390,7 +390,7 @@ ODD_LINE = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 400), ODD_LINE), max_size=12), st.booleans())
 @example([(5, '"unclosed')], True)
 @example([(0, "\x00" * 20), (3, "#comment"), (400, ",,,,,,,,,")], False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
@@ -28,7 +28,6 @@ def targets(graph) -> set:
     return {node.target for node in graph.graph.nodes if node.op == "call_function"}
 
 
-@settings(deadline=None)  # the first call loads much
 @given(SHAPES, st.booleans(), st.booleans(), st.integers(0, 99))
 def test_batch_norm_is_pytorchs(shape, affine, tracks, seed):
     channels = shape[1]

@@ -92,7 +92,7 @@ def test_every_window_has_one_owner(users, clients_per_server):
     assert sorted(np.concatenate(rows)) == list(range(users * 5))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.sampled_from(["iid", "dirichlet", "shards", "quantity"]),
     st.lists(st.integers(1, 4), min_size=1, max_size=3),

@@ -412,7 +412,7 @@ def test_a_path_can_train_again(path):
 
 @every_path
 @given(sizes=st.lists(st.integers(1, 21), min_size=1, max_size=6), parts=st.integers(1, 3))
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25)
 def test_clients_of_any_sizes(path, sizes, parts):
     settings = replace(EVERYTHING, batch_size=4, accumulation=parts)
     tasks = uneven(network_of("mlp"), WINDOW, sizes, settings)

@@ -198,7 +198,7 @@ def times(draw):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(times(), times(), st.booleans(), st.randoms(use_true_random=False), st.data())
 def test_invariants_of_recordings(acc_ms, gyro_ms, shuffle, random, data):
     streams = []

@@ -18,7 +18,6 @@ import psutil
 import pytest
 import ray
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from fedge_sim import records
@@ -156,7 +155,6 @@ steps = st.lists(
 )
 
 
-@hypothesis_settings(deadline=None)
 @given(steps)
 def test_a_kill_goes_back_to_the_last_commit_and_nothing_else_does(steps):
     with TemporaryDirectory() as folder, ExitStack() as stack:
