@@ -132,7 +132,7 @@ class Devices(Table):
     dropout: Fraction = 0.0
 
     def selected_for(self, wanted: int) -> int:
-        """Return how many clients a round selects that waits for so many."""
+        """Return how many clients are selected by a round that waits for ``wanted`` of them."""
         return math.ceil(round(wanted * (1 + self.over_selection), 9))  # 1.1 * 100 is 110, not 111
 
 

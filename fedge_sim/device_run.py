@@ -82,9 +82,10 @@ class Server:
     version: int = 0
 
     def take(self, handed: Start, trainable: Set[str]) -> None:
-        """Take the cloud's model, and add what was learnt here since the own one was sent.
+        """Take the cloud's model: w = w_cloud + (w_now - w_sent).
 
-        Buffers are the cloud's: a difference of variances added to another could be negative.
+        ``w_sent`` is the model that this leaf server sent to the cloud. Buffers are the cloud's:
+        a difference of variances added to another could be negative.
         """
         if self.sent is not None and self.model is not self.sent:
             here, sent = self.model.arrays, self.sent.arrays
@@ -214,7 +215,7 @@ class DeviceRun:
                     self._collect()
             if self._reason:
                 log.info("ended after %d updates: %s", self._updates, self._reason)
-            self._save("over")  # who is killed in what follows does it again
+            self._save("over")  # if the run is killed below, resuming it writes its last files
             end = self._now
             left = [_when_ended(job, end) for job in self._at_work.values()]
             for callback in self.callbacks:

@@ -2,7 +2,7 @@
 
 A store is written aside and renamed, so a half-written one is never seen; a lock makes a
 second process wait for the first instead of doing the same work. Its name holds a hash of the
-settings and source files that it was made from, so a change of either makes a new one.
+settings and of the data files that it was made from, so a change of either makes a new one.
 """
 
 import errno

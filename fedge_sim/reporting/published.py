@@ -128,7 +128,11 @@ def _is_shown(column: Column, found: Sequence[dict[str, Summary]], target: float
 
 
 def _best(column: Column, found: Sequence[dict[str, Summary]]) -> set[int]:
-    """Return who has the best mean as it is shown, of those with most values; not if all have."""
+    """Return which methods' means are set in bold: the best ones, as they are rounded in the table.
+
+    Only methods with the largest number of values are compared. If all of them are equally good,
+    none is bold.
+    """
     own = {i: f[column.figure] for i, f in enumerate(found) if f and f[column.figure].n}
     most = max((s.n for s in own.values()), default=0)
     means = {

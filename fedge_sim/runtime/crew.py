@@ -117,7 +117,7 @@ class Crew:
         if self._own_ray:
             _start_ray(settings)
         elif settings.runtime.ray_address or settings.runtime.dashboard:
-            log.warning("Ray is running already: ray_address and dashboard change nothing")
+            log.warning("Ray is running already and is used: ray_address and dashboard are ignored")
         try:
             self._hire()
         except BaseException:

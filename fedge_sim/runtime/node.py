@@ -96,7 +96,7 @@ States: TypeAlias = Mapping[int, ArrayRecord]  # by client
 
 
 def tell_nobody(_: Done) -> None:
-    """Keep it to oneself."""
+    """Ignore the event."""
 
 
 class Node:
@@ -297,7 +297,10 @@ def _even_parts(
 def _small_parts(
     places: Sequence[int], work: Sequence[float], size: int, largest: float
 ) -> list[list[int]]:
-    """Cut into runs of at most so many, and so much work unless it is a single one's."""
+    """Split into consecutive groups of at most ``size`` messages and ``largest`` work.
+
+    A message of more work than ``largest`` is a group of its own.
+    """
     groups: list[list[int]] = []
     total = 0.0
     for place in places:

@@ -268,7 +268,8 @@ class RayGrid(LocalGrid):
             sharing = len(idle) - place if len(idle) == len(ready) else len(ready)
             self._hand_out(worker, len(ready), sharing)
         for worker in ready:
-            # A death may take along the reply before: who is run alone gets an actor alone, too.
+            # An actor that dies loses the replies of all its calls, so a client that is run alone
+            # (because its actor died before) shares an actor with no other call.
             if len(worker.calls) == 1 and not self._next.next_is_alone and self._is_short(worker):
                 self._hand_out(worker, len(ready), len(ready))
 

@@ -50,7 +50,19 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One round of given clients: who came, in order of arrival, who did not, and its end."""
+    """What came of one synchronous round.
+
+    Attributes
+    ----------
+    admitted : tuple of Job
+        Jobs whose update is in the round, in order of arrival.
+    lost : tuple of Job
+        Jobs whose update is not.
+    ended : float
+        When the round ends, in simulated seconds.
+    by_timeout : bool
+        Whether it ended because a timeout passed.
+    """
 
     admitted: tuple[Job, ...]
     lost: tuple[Job, ...]

@@ -348,7 +348,7 @@ class _Timeline:
     # The cloud, where leaf servers make the versions
 
     def _tick(self, number: int) -> Iterator[Event]:
-        """Ask every so many seconds, unless an answer is still under way."""
+        """Ask every ``cloud_interval`` simulated seconds, unless the last answer is still due."""
         if not self._answer_due:
             yield self._ask()
         interval = self._settings.asynchronous.cloud_interval

@@ -43,18 +43,18 @@ class Tick(NamedTuple):
 class Plan:
     """All steps of some clients, drawn at once: the client with most steps comes first.
 
-    Short batches are filled up with a row of the client's own, which is not to be counted.
+    Short batches are padded with a row of the client's own, which does not count.
 
     Attributes
     ----------
     order : list of int
         Number of the task whose client stands first, second, ...
     rows : int64 array (ticks, batches, clients, width)
-        Of the dataset.
+        Which examples of the dataset a batch has.
     lengths : int64 array (ticks, batches, clients)
-        Rows of each batch that are no filling.
+        How many of a batch's rows are the client's own examples; the rest is padding.
     steps : int64 array (clients,)
-        Ascending never; the clients of a tick are those with more steps than its number.
+        Steps of each client, in descending order; tick t has the clients with more than t steps.
     last : bool array (ticks, clients)
         Whether a step belongs to the client's last epoch.
     """

@@ -112,7 +112,7 @@ def decide(measured: Measured, runtime: Runtime, steps: int, *, compilable: bool
         compiles = saved > COMPILE_SECONDS
         reasons.append(
             f"compiling would take {COMPILE_SECONDS:.0f} s and save about {saved:.0f} s in "
-            f"{steps:,} steps: {'done' if compiles else 'left'}"
+            f"{steps:,} steps, so steps are {'' if compiles else 'not '}compiled"
         )
     return Choice(training, compile=compiles, cohort_size=1, reason="; ".join(reasons))
 

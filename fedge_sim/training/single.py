@@ -104,7 +104,7 @@ class Single:
             try:
                 self._steps[spec] = compiled_step(self._flat, spec, self._folder)
             except CannotCompileError as error:
-                log.warning("%s; clients train without", error)
+                log.warning("%s; clients train without compiled steps", error)
                 self._steps[spec] = None
         return self._steps[spec]
 

@@ -26,7 +26,7 @@ class Mode(NamedTuple):
     Attributes
     ----------
     full : bool
-        No row is filling.
+        No row is padding.
     alone : bool
         Some client has a single row.
     """
@@ -182,7 +182,7 @@ class Stack:
         ----------
         x, y : Tensors (k, n, B, *example_shape) and (k, n, B)
         lengths : int64 Tensor (k, n)
-            Rows of a batch that are no filling.
+            How many of a batch's rows are the client's own examples; the rest is padding.
         counted : Tensor (n,)
             What the mean loss of the step's examples weighs in the sum of the losses.
         mode : Mode
@@ -203,7 +203,7 @@ class Stack:
         valid = torch.arange(width, device=y.device) < lengths[:, None]
         flat = self.flat[:n].detach().requires_grad_()
         with torch.enable_grad():
-            # A network may change its buffers in place, and a batch may be filling alone.
+            # A network may change its buffers in place, and a batch may be padding alone.
             fixed = {name: stacked[:n].clone() for name, stacked in self._fixed.items()}
             state = self._layout.split(flat) | fixed
             logits, buffers = self._network(state, x, None if mode.full else valid, mode.alone)

@@ -45,7 +45,7 @@ class Vectorised:
             Parameters and buffers by name, each (N, *shape).
         x : Tensor (N, B, *example_shape)
         valid : bool Tensor (N, B), optional
-            Rows that are no filling; none: all.
+            Rows that are no padding; none: all.
         alone : bool
             Whether some client has one row only, which BatchNorm refuses.
         """
@@ -77,7 +77,7 @@ class Vectorised:
 
 
 class _Rows:
-    """Which rows of the batch under way are no filling: how BatchNorm learns of it.
+    """Which rows of the batch under way are no padding: how BatchNorm learns of it.
 
     Attributes
     ----------
@@ -124,7 +124,7 @@ def _batch_norm(
         return _native(layer, x, factor, keeps)
     wide = x if layer.weight is None else x.to(layer.weight.dtype)  # under autocast
     mask = rows.valid.to(wide.dtype).view(-1, *[1] * (x.dim() - 1))
-    # A batch without a valid row is filling too: what comes of it is finite, and dropped.
+    # A batch without a valid row is padding too: what comes of it is finite, and dropped.
     count = mask.sum().clamp(min=1) * places
     axes = [0, *range(2, x.dim())]
     mean = (wide * mask).sum(axes, keepdim=True) / count
