@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fedge_sim import checkpoint
@@ -70,17 +71,39 @@ def test_scaffold_reaches_the_optimum_where_fedavg_is_biased(seed, momentum):
         np.testing.assert_allclose(variates, gradients, atol=1e-4)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 50), st.floats(0.001, 1), st.floats(0, 0.95))
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.floats(0.001, 1), st.floats(0, 0.99))
+@example(seed=0, steps=5, lr=0.05, momentum=0.9)  # K / (1 - b) is four times too long here
 def test_a_variate_is_the_mean_gradient_of_the_path(seed, steps, lr, momentum):
-    """With a constant gradient g and no momentum: c_i+ = g, whatever was added."""
-    g, added = np.random.default_rng(seed).normal(size=(2, 5)).astype(np.float32)
-    x = np.zeros(5, np.float32)
-    y = x - lr / (1 - momentum) * steps * (g + added)  # a path of full length
+    """With a constant gradient g and PyTorch's own SGD: c_i+ = g, whatever was added."""
+    g, added = np.random.default_rng(seed).normal(size=(2, 5))
+    x = np.zeros(5)
+    y = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([y], lr, momentum)
+    for _ in range(steps):
+        y.grad = torch.tensor(g + added)
+        optimizer.step()
     after = scaffold.new_variate(
-        {"w": x}, {"w": y, "mean": x}, {"w": added}, steps=steps, lr=lr, momentum=momentum
+        {"w": x},
+        {"w": y.detach().numpy(), "mean": x},
+        {"w": added},
+        steps=steps,
+        lr=lr,
+        momentum=momentum,
     )
     assert after.keys() == {"w"}
-    np.testing.assert_allclose(after["w"], g, atol=1e-4)
+    np.testing.assert_allclose(after["w"], g, atol=1e-9)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(5, 0.26), (25, 0.67), (100, 0.91)])
+def test_the_length_of_a_path_is_fednovas(steps, share):
+    b = 0.9
+    exact = (steps - b * (1 - b**steps) / (1 - b)) / (1 - b)
+    assert scaffold.path_length(steps, b) == pytest.approx(exact, rel=1e-12)
+    assert scaffold.path_length(steps, b) == pytest.approx(share * steps / (1 - b), rel=0.02)
+    assert scaffold.path_length(steps, 0.0) == steps
+    # where the formula of powers divides nothing by nothing
+    assert scaffold.path_length(steps, 1 - 1e-12) == pytest.approx(steps * (steps + 1) / 2)
 
 
 def test_zero_variates_are_fedavg(small):

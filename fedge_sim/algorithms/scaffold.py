@@ -22,9 +22,8 @@ def new_variate(
     """Return a client's variate after its local steps: c_i+ (eq. 4, option II).
 
     ``(x - y_i) / (K lr) - (c - c_i)``: the mean of the gradients along the path, less what was
-    added to them. With momentum b a path is 1 / (1 - b) times as long, so that K lr / (1 - b)
-    takes the place of K lr: exact for b = 0, and too small a variate for few steps, whose fixed
-    point is the same.
+    added to them. With momentum :func:`path_length` takes the place of K: each gradient counts
+    as often as it moved the model.
 
     Parameters
     ----------
@@ -36,11 +35,22 @@ def new_variate(
         K, local steps (not epochs), at least 1.
     lr, momentum : float
     """
-    path = steps * lr / (1.0 - momentum)
+    path = path_length(steps, momentum) * lr
     return {
-        name: (start[name] - trained[name]) / np.float32(path) - added
-        for name, added in correction.items()
+        name: (start[name] - trained[name]) / path - added for name, added in correction.items()
     }
+
+
+def path_length(steps: int, momentum: float) -> float:
+    """Return how many plain steps are as long as K steps with momentum b, which begins at 0.
+
+    The gradient of a step moves the model in that step and all later ones, by 1, b, b^2, ...;
+    over all steps that sums up to a = (K - b (1 - b^K) / (1 - b)) / (1 - b), FedNova's a_i (Wang
+    et al. 2020, "Tackling the Objective Inconsistency Problem in Heterogeneous Federated
+    Optimization"). It is K where b = 0.
+    """
+    # The same sum by powers of b, sum_j (K - j) b^j: nothing cancels, however near b is to 1.
+    return float(np.arange(steps, 0, -1) @ momentum ** np.arange(steps))
 
 
 def server_variate(server: Arrays, changes: Sequence[Arrays], clients: int) -> Arrays:
