@@ -16,19 +16,6 @@ from fedge_sim.algorithms.clustering import (
 from fedge_sim.config import CloudCluster
 
 
-def test_golden_cases(shared):
-    with np.load(shared / "golden" / "weight_clustering.npz") as golden:
-        cases = sorted(name.removesuffix("_tau") for name in golden.files if name.endswith("_tau"))
-        assert len(cases) == 150
-        for case in cases:
-            models = [[np.ones(3, np.float32), head] for head in golden[f"{case}_head"]]
-            tau = float(golden[f"{case}_tau"])
-            labels, matrix, returned_tau = weight_clustering(models, tau=tau)
-            np.testing.assert_array_equal(labels, golden[f"{case}_labels"], err_msg=case)
-            np.testing.assert_allclose(matrix, golden[f"{case}_similarity"], atol=1e-5)
-            assert returned_tau == tau
-
-
 def test_one_leaf_is_one_cluster():
     labels, matrix, _ = weight_clustering([[np.zeros((2, 3), np.float32)]], tau=0.9)
     assert labels.tolist() == [0]
