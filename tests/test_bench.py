@@ -187,7 +187,7 @@ def test_the_bare_loop_runs_in_processes_of_its_own(tmp_path):
     SMALL.write(tmp_path / "data")
     config = SMALL.yardstick_config(tmp_path / "data", rounds=2) | {"processes": 2}
     command = [sys.executable, str(SCRIPTS / "bare_loop.py"), json.dumps(config), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("accuracy") == 2
     assert len((tmp_path / "stamps.jsonl").read_text().splitlines()) == 3

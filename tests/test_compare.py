@@ -41,7 +41,7 @@ def command(folder, *more, methods="fedavg,fedge", seeds="42,43"):
         env=clean_environment(PYTHONPATH=str(ROOT), SEED="7"),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=300,
     )
 
 

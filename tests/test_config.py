@@ -432,7 +432,7 @@ def test_the_command_line_ends_with_2_and_one_line(tmp_path, args, message):
         env=clean_environment(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 2
     assert done.stderr.startswith(message)

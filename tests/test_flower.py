@@ -78,7 +78,7 @@ class Flower:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
-        psutil.wait_procs(own, timeout=10)
+        psutil.wait_procs(own, timeout=60)
 
 
 @pytest.fixture(scope="module")

@@ -446,7 +446,7 @@ def data_command(*args: str, env=None) -> subprocess.CompletedProcess:
         env=clean_environment(**(env or {})),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

@@ -33,7 +33,7 @@ make = load("make_hhar_csv").make
 
 def script(name: str, *args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 # ------------------------------------------------------------------ made files

@@ -57,7 +57,7 @@ def test_a_timeout_returns_what_is_ready():
 
     def app(message, context):
         if message.metadata.group_id == "a/0/1":
-            gate.wait(10)
+            gate.wait(120)
         return records.reply(message)
 
     with InProcessGrid(app, 2) as grid:
@@ -65,7 +65,7 @@ def test_a_timeout_returns_what_is_ready():
             records.instruction(2, "query", ConfigRecord(), None, records.Address("a", 0, c))
             for c in range(2)
         ]
-        replies = grid.send_and_receive(messages, timeout=0.5)
+        replies = grid.send_and_receive(messages, timeout=3.0)
         gate.set()
     assert [records.Address.of(r).client for r in replies] == [0]
 
@@ -90,19 +90,19 @@ def test_who_fails_is_run_again_and_its_traceback_shown_once(caplog):
 
 
 def test_no_progress_ends_the_run_with_every_stack(caplog):
-    gate = threading.Event()
+    gate, done = threading.Event(), []
 
     def hang_here(message, context):
-        gate.wait(30)
+        gate.wait(120)
+        done.append(message)
         return records.reply(message)
 
-    started = time.monotonic()
     with (
         pytest.raises(StalledError, match=r"no client got done for 0.3 s .* 2 wait"),
         InProcessGrid(hang_here, 2, runtime("progress_timeout_s=0.3")) as grid,
     ):
         grid.send_and_receive(questions(2))
-    assert time.monotonic() - started < 20  # nobody waited for the threads
+    assert not done  # nobody waited for the threads
     assert caplog.text.count("in hang_here") == 2
     gate.set()
 
@@ -121,7 +121,7 @@ def test_no_progress_is_noticed_by_who_pulls(call, argument):
     gate = threading.Event()
 
     def app(message, context):
-        gate.wait(30)
+        gate.wait(120)
         return records.reply(message)
 
     with InProcessGrid(app, 1, runtime("progress_timeout_s=0.3")) as grid:
@@ -146,18 +146,18 @@ def test_who_waits_is_woken_by_the_first_reply():
 
     def app(message, context):
         if message.metadata.group_id == "a/0/1":
-            gate.wait(30)
+            gate.wait(120)
         return records.reply(message)
 
     with InProcessGrid(app, 2) as grid:
-        assert grid.wait(30) is None  # for nothing
+        assert grid.wait(120) is None  # for nothing
         ids = grid.push_messages(questions(2))
-        grid.wait(30)
+        grid.wait(120)
         assert [records.Address.of(r).client for r in grid.pull_messages(ids)] == [0]
         grid.wait(0.01)
         assert grid.pull_messages(ids) == []
         gate.set()
-        grid.wait(30)
+        grid.wait(120)
         assert [records.Address.of(r).client for r in grid.pull_messages(ids)] == [1]
 
 

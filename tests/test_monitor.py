@@ -392,7 +392,7 @@ def monitor(*args, cwd):
         env=clean_environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 

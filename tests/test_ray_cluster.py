@@ -59,7 +59,7 @@ def far_node(head, tmp_path):
     )
     try:
         ray.init(address=head.address, logging_level="ERROR")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while len(ray.nodes()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.1)
@@ -67,7 +67,7 @@ def far_node(head, tmp_path):
         yield tmp_path / "here"
     finally:
         os.killpg(node.pid, signal.SIGTERM)
-        node.wait(30)
+        node.wait(120)
 
 
 def test_data_that_is_not_on_the_other_node_or_not_the_same(head, far_node, small):

@@ -46,7 +46,7 @@ class Command:
 
     def end(self) -> int:
         self.seen += self.process.stdout.read()
-        return self.process.wait(60)
+        return self.process.wait(300)
 
 
 @pytest.fixture
@@ -71,14 +71,13 @@ def test_ctrl_c_leaves_no_process_and_keeps_finished_rounds(command, tmp_path, h
     run.wait_for("round 2/1000")
     children = run.children()
     assert any("ray::Trainer" in " ".join(child.cmdline()) for child in children)
-    started = time.monotonic()
     # Ctrl-C reaches all processes of the terminal, a batch system's signal the first one alone.
     if how == signal.SIGINT:
         os.killpg(run.process.pid, how)
     else:
         run.process.send_signal(how)
     assert run.end() == 130
-    _, alive = psutil.wait_procs(children, timeout=5 - (time.monotonic() - started))
+    _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
     assert "stopped; what is finished is kept: go on with --resume" in run.seen.splitlines()[-1]
     (folder,) = (tmp_path / "results").iterdir()
@@ -111,7 +110,7 @@ def test_the_dashboard_and_its_metrics(command):
     names = {actor["reprName"] for actor in actors}
     assert "trainer-0 cpu 1" in names
     assert "<!doctype html>" in read(dashboard).lower()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     wanted = {"rounds", "accuracy", "clients_per_second", "queue_length", "actor_memory_bytes"}
     while True:
         values = {}
@@ -137,10 +136,10 @@ def test_the_dashboard_and_its_metrics(command):
 
 def read(url: str) -> str:
     """Read a page; the dashboard shares its cores with the run, and may take its time."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=20) as answer:
+            with urllib.request.urlopen(url, timeout=60) as answer:
                 return answer.read().decode()
         except OSError as error:
             if time.monotonic() > deadline:

@@ -84,21 +84,21 @@ def test_a_reply_that_cannot_be_sent(two, caplog):
 
 @pytest.mark.parametrize("how", ["sleep", "hold the interpreter"])
 def test_a_client_past_its_time_is_stopped_and_run_again(two, caplog, how):
-    settings = two("runtime.client_timeout_s=3.0")
+    settings = two("runtime.client_timeout_s=6.0")
     unruly.rule(settings, c1=(how, 1))
     last = run_on_ray(settings, app=UNRULY).last
-    line = r"client 1 of leaf server 0 \(train\) .*: no reply within 3 s \(client_timeout_s\)"
+    line = r"client 1 of leaf server 0 \(train\) .*: no reply within 6 s \(client_timeout_s\)"
     assert re.search(line, caplog.text)
     assert same_models(last, run(two()).last)
 
 
 def test_a_client_that_always_hangs_is_left_out(two, caplog):
     settings = two(
-        "runtime.client_timeout_s=6.0", "runtime.max_retries=0", "hierarchy.global_rounds=1"
+        "runtime.client_timeout_s=15.0", "runtime.max_retries=0", "hierarchy.global_rounds=1"
     )
     unruly.rule(settings, c1=("sleep", 99))
     last = run_on_ray(settings, app=UNRULY).last
-    assert "client 1 of leaf server 0 left out: no reply within 6 s" in caplog.text
+    assert "client 1 of leaf server 0 left out: no reply within 15 s" in caplog.text
     assert [c.client for c in last.clients if not c.bytes_up] == [1]
 
 
@@ -149,7 +149,7 @@ def test_a_client_that_kills_every_cohort_is_left_out_alone(two):
 def test_a_cohort_that_hangs_is_given_the_time_of_all_and_run_again_alone(two, caplog):
     settings = two(
         *COHORTS,
-        "runtime.client_timeout_s=2.0",
+        "runtime.client_timeout_s=6.0",
         "runtime.max_retries=0",
         "hierarchy.global_rounds=1",
     )
@@ -157,8 +157,8 @@ def test_a_cohort_that_hangs_is_given_the_time_of_all_and_run_again_alone(two, c
     started = time.monotonic()
     last = run_on_ray(settings, app=UNRULY).last
     (cohort,) = [cohort for cohort in unruly.cohorts(settings) if 4 in cohort]
-    assert time.monotonic() - started > 2.0 * (len(cohort) + 1)
-    assert "client 4 of leaf server 1 left out: no reply within 2 s" in caplog.text
+    assert time.monotonic() - started > 6.0 * (len(cohort) + 1)
+    assert "client 4 of leaf server 1 left out: no reply within 6 s" in caplog.text
     assert [c.client for c in last.clients if not c.bytes_up] == [4]
 
 
@@ -216,7 +216,7 @@ def test_a_new_actor_is_of_the_same_size(two):
     with ray_grid(settings, UNRULY) as grid:
         first = {worker.introduction.pid for worker in grid.crew.workers}
         Orchestrator(settings, grid, []).run()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not all(worker.introduction for worker in grid.crew.workers):
             assert time.monotonic() < deadline
             time.sleep(0.1)

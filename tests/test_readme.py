@@ -21,7 +21,7 @@ def test_the_example_of_own_data_runs(tmp_path):
         env=clean_environment(PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     accuracy = re.search(r"models handed back: ([\d.]+)%", done.stdout)

@@ -227,7 +227,7 @@ def test_a_log_and_a_closing_table_without_a_terminal(tmp_path):
         env=clean_environment(SEED="43", PYTHONPATH=str(ROOT)),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert "seed 43" in done.stdout
@@ -271,7 +271,7 @@ def test_a_killed_run_keeps_all_finished_rounds(tmp_path):
         stdout=subprocess.DEVNULL,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         tables = []
         while not tables or len(rows(tables[0])) < 3:
             assert process.poll() is None

@@ -333,17 +333,17 @@ def test_a_reply_that_comes_too_late_changes_no_state(in_process, states):
 
     def app(message, context):
         if records.config_of(message)["client-id"] == 1:
-            gate.wait(20)
+            gate.wait(120)
         reply = counting.app(message, context)
         late.set()
         return reply
 
     with in_process(app=app) as grid:
         messages = [question("train", client) for client in range(2)]
-        assert len(grid.send_and_receive(messages, timeout=0.5)) == 1
+        assert len(grid.send_and_receive(messages, timeout=3.0)) == 1
         late.clear()
         gate.set()
-        assert late.wait(20)
+        assert late.wait(120)
     assert states.read(1) is None
     assert states.read(0) is not None
 
@@ -353,7 +353,7 @@ def test_states_are_read_when_a_worker_begins(in_process, states):
     with mock.patch.object(states, "read", wraps=states.read) as read:
 
         def wait(message, context):
-            gate.wait(20)
+            gate.wait(120)
             return counting.app(message, context)
 
         with in_process(app=wait) as grid:
