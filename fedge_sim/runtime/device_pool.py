@@ -19,7 +19,7 @@ from fedge_sim.config_devices import Delay
 from fedge_sim.errors import ConfigError
 from fedge_sim.randomness import stream
 
-CLASSES_KEPT = 16_384  # devices whose classes are kept: drawing them costs as much as a job
+CLASSES_KEPT = 16_384  # devices whose class is cached: drawing it costs as much as a job
 
 Ending: TypeAlias = Literal["update", "dropped out", "went offline", "timed out"]
 
@@ -34,8 +34,9 @@ class Free:
 
     def __init__(self, number: int) -> None:
         self._size = number
-        self._at: dict[int, int] = {}  # place -> the device that holds it, if not its own
-        self._place: dict[int, int] = {}  # and the other way round
+        # Place -> the device in it, where that is not device number `place`.
+        self._at: dict[int, int] = {}
+        self._place: dict[int, int] = {}  # device -> its place, likewise
 
     def __len__(self) -> int:
         return self._size
@@ -54,7 +55,7 @@ class Free:
         place = self._size
         self._size += 1
         guest = self._remove(device) if device < place else device
-        if guest != place:  # the new place's own device goes home, and leaves its place to it
+        if guest != place:  # the device of that number returns to it, and frees its own place
             self._put(guest, self._place.pop(place, place))
 
     def _remove(self, place: int) -> int:
@@ -93,7 +94,7 @@ class Draws:
                 return max(0.0, mean + std * rng.standard_normal())
             case "uniform":
                 return max(0.0, mean + std * math.sqrt(3) * (2 * rng.random() - 1))
-            case "log-normal":  # of this mean and standard deviation
+            case "log-normal":  # mean and std are those of the delay, not of its logarithm
                 variance = math.log1p((std / mean) ** 2)
                 normal = rng.standard_normal()
                 return mean * math.exp(math.sqrt(variance) * normal - variance / 2)
@@ -104,10 +105,10 @@ class Plan(NamedTuple):
     """How a job goes if its server does not end it before; all in seconds from its start."""
 
     ending: Ending
-    takes: float  # until the update arrives, or the server gives the device up
+    takes: float  # seconds until the update arrives, or the server gives the device up
     download: float
-    training: float  # of a device that gets through with it
-    stops: float  # when the device stops working on it; infinite if it ends well
+    training: float  # seconds of training, if the device completes it
+    stops: float  # seconds until the device stops early; infinite if it does not
 
     def trained(self, until: float) -> float:
         """Return the seconds of training that were done at a time."""
@@ -142,7 +143,8 @@ class DevicePool:
         devices, hierarchy, seed = settings.devices, settings.hierarchy, settings.seed
         self.devices = devices
         self._seed = seed
-        self._ends = list(accumulate(hierarchy.clients_per_server))  # of each leaf's devices
+        # One past the last device of each leaf.
+        self._ends = list(accumulate(hierarchy.clients_per_server))
         at_cloud = settings.by_versions and settings.asynchronous.server == "cloud"
         self.at_leaves = settings.by_versions and not at_cloud
         sizes = hierarchy.clients_per_server if self.at_leaves else (hierarchy.num_clients,)
@@ -166,10 +168,11 @@ class DevicePool:
         online = devices.availability.online
         self._share, self._session = online, devices.availability.session
         self._away = self._session * (1 - online) / online
-        self._asleep: list[list[tuple[float, int]]] = [[] for _ in sizes]  # (wakes, device)
+        # (when it is online again, device).
+        self._asleep: list[list[tuple[float, int]]] = [[] for _ in sizes]
         # When a device was last known to be online; in the future, it is offline until then.
         self._online: dict[int, float] = {}
-        # Of each device at work, when its session ends and when the next one begins.
+        # For each device at work: when its session ends, and when the next one begins.
         self._sessions: dict[int, tuple[float, float]] = {}
 
     def state(self) -> dict[str, float]:
@@ -275,7 +278,7 @@ class DevicePool:
             ends = started + stops
             self._sessions[client] = (ends, ends + self._away * rng.standard_exponential())
         if (dropout := self.devices.dropout) and (uniform := rng.random()) < dropout:
-            drops = takes * uniform / dropout  # at any moment of the job
+            drops = takes * uniform / dropout  # uniform over the job's duration
             if drops < stops:
                 stops, ending = drops, "dropped out"
         return stops, ending

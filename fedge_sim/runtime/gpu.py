@@ -5,7 +5,7 @@ from typing import Literal
 
 from fedge_sim.config import Runtime, Settings
 
-CPU_MEMORY_SHARE = 0.8  # of the host's memory, at most, unless memory_share says more
+CPU_MEMORY_SHARE = 0.8  # largest share of the host's memory, unless memory_share is set
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ PROFILES = {
     ),
 }
 
-_SINGLE = ("memory_share", "memory_cleanup", "keep_warm")  # settings that mean something anywhere
+# Settings that have a meaning without a GPU, too.
+_SINGLE = ("memory_share", "memory_cleanup", "keep_warm")
 _SINGLE_ON_GPU = ("caching", "memory_pool", "streams", "pipelining")
 
 
@@ -142,7 +143,8 @@ def describe(profile: Profile, name: str, gpus: int) -> str:
     if profile.gpu_fraction == 0:
         start += f", {'GPUs left unused' if gpus else 'no GPU here'}: CPU settings"
     values = {key: _text(value) for key, value in asdict(profile).items()}
-    for key in ("batch_size", "accumulation"):  # of use only where the settings ask for them
+    # Shown only where the settings take them from the profile.
+    for key in ("batch_size", "accumulation"):
         values[f"{key} (if left to the profile)"] = values.pop(key)
     return f"{start}: " + ", ".join(f"{key} {value}" for key, value in values.items())
 

@@ -12,9 +12,9 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-HAND_SECONDS = 0.05  # of expected work in one call to an actor: a call costs about 1 ms
-LEAST_SECONDS = 0.005  # unless that little is long: calls are not to cost as much as the work
-HAND_SIZE = 128  # messages in one call, at most: their replies come back together
+HAND_SECONDS = 0.05  # seconds of expected work in one call to an actor: a call costs about 1 ms
+LEAST_SECONDS = 0.005  # seconds below which a call would cost as much as its work
+HAND_SIZE = 128  # most messages in one call: their replies come back together
 
 
 class Estimates:
@@ -58,7 +58,7 @@ class Schedule(Generic[T]):
     def __init__(self) -> None:
         self._heap: list[_Entry] = []
         self._places = count()
-        self._waiting = self._work = 0.0  # expected seconds, and work, of all that wait
+        self._waiting = self._work = 0.0  # expected seconds, and work, of all waiting jobs
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -134,7 +134,7 @@ class Schedule(Generic[T]):
         self._waiting -= entry.seconds or 0.0
         self._work -= entry.work
         if not self._heap:
-            self._waiting = self._work = 0.0  # and no rounding is left over
+            self._waiting = self._work = 0.0  # rounding errors do not add up
 
     def drop(self) -> list[T]:
         """Take out all that waits."""

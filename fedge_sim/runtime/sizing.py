@@ -13,13 +13,13 @@ from fedge_sim.errors import ConfigError
 from fedge_sim.runtime.gpu import Profile
 from fedge_sim.training.choice import Choice
 
-MAX_COHORT = 256  # clients of one step: beyond, a device gains nothing, and all wait for the last
-_PARTS = 10_000  # Ray counts GPUs in parts of so many
+MAX_COHORT = 256  # clients in one step: more gain nothing, and all wait for the slowest
+_PARTS = 10_000  # Ray counts GPUs in ten-thousandths
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on: one machine, or all of a Ray cluster.
+    """The hardware to train on: one machine, or all of a Ray cluster.
 
     Attributes
     ----------
@@ -53,7 +53,7 @@ class Need:
     per_client: int
 
     def of(self, clients: int) -> int:
-        """Return the bytes of an actor that trains so many clients at a time."""
+        """Return the bytes that an actor takes which trains ``clients`` at a time."""
         return self.base + clients * self.per_client
 
     def clients_in(self, memory: int) -> int:

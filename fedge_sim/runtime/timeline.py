@@ -1,4 +1,4 @@
-"""What happens when, in simulated seconds: which device trains from which version, and when.
+"""The order of events in simulated time: which device trains from which version, and when.
 
 The order in which updates arrive does not depend on what is trained, so it is computed ahead,
 by an event queue, and the trainings themselves can run side by side.
@@ -24,7 +24,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-ROUNDS_IN_VAIN = 100  # in a row, without one update: the run would never end
+# Rounds in a row without an update, after which a run is ended as it never would.
+ROUNDS_IN_VAIN = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,10 +128,10 @@ class _Server:
     """Who makes versions, as it is now."""
 
     index: int
-    version: int = 0  # its newest
-    made: int = 0  # of these by itself, not by the cloud
+    version: int = 0  # the newest version's number
+    made: int = 0  # versions that it made itself; others were made by the cloud
     active: int = 0  # jobs under way
-    since: float = 0.0  # its last version, or the start of its wait for an update
+    since: float = 0.0  # when its last version was made, or its wait for an update began
     wakes: float = math.inf  # when it looks again for devices that are online
     in_vain: int = 0  # rounds, or jobs, since an update came
     buffer: list[Job] = field(default_factory=list)
@@ -153,14 +154,14 @@ class _Timeline:
         self._clock: Clock[Callable[[], Iterator[Event]]] = Clock()
         self._in_rounds = settings.asynchronous.rule == "fedavg"
         self._select = self._begin_round if self._in_rounds else self._fill
-        self._number = 0  # of the next job
+        self._number = 0  # the next job's number
         number = settings.hierarchy.num_servers if self._pool.at_leaves else 1
         self._servers = [_Server(index) for index in range(number)]
         link = self._devices.leaf_cloud_bandwidth
         self._trip = seconds_of(bytes_up, link.up) + seconds_of(bytes_down, link.down)
         self._step = 0  # how often the cloud has asked
         self._answer_due = False
-        self._new_versions = 0  # of all leaf servers, since the cloud asked
+        self._new_versions = 0  # versions that all leaf servers made since the cloud asked
 
     def run(self) -> Iterator[Event]:
         """Take one event after the other until all servers are done, and the cloud has been."""
@@ -178,13 +179,13 @@ class _Timeline:
     def _all_done(self) -> bool:
         return all(server.done for server in self._servers)
 
-    # Versions of every few updates
+    # Rules that make a version of every few updates
 
     def _fill(self, server: _Server) -> Iterator[Event]:
         """Select devices for the free places, if they are enough."""
         places = self._devices.device_selection_size - server.active
         on_the_way = server.active + len(server.buffer)
-        # However few the free places are: a version that could not be made any more must be.
+        # Devices are selected for fewer free places, too, if no version could be made otherwise.
         if (
             places < self._devices.min_hole_to_fill
             and on_the_way >= self._settings.updates_for_model
@@ -231,10 +232,10 @@ class _Timeline:
             if server.buffer:
                 yield from self._make(server, by_timeout=True)
                 yield from self._end_if_exhausted(server)
-        # One watch for each server, that follows its versions: not one for each version.
+        # Each server has one watch, which is set anew with each version.
         self._clock.at(server.since + self._devices.update_timeout, partial(self._watch, server))
 
-    # Rounds
+    # FedAvg, whose versions are rounds
 
     def _begin_round(self, server: _Server) -> Iterator[Event]:
         """Select the devices of a round, as many as are online."""
@@ -273,7 +274,7 @@ class _Timeline:
             yield from self._begin_round(server)
         yield from self._end_if_exhausted(server)
 
-    # Both
+    # All rules
 
     def _dispatched(self, server: _Server, jobs: tuple[Job, ...]) -> Dispatched:
         server.active += len(jobs)

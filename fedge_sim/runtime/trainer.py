@@ -39,10 +39,11 @@ from fedge_sim.runtime.node import Answer, Failure, Node, States, identify
 from fedge_sim.runtime.sizing import Need
 from fedge_sim.training.choice import Choice
 
-CONTROL = "control"  # the concurrency group
-KEPT_MODELS, KEPT_BYTES = 8, 256 * 2**20  # at most, of the newest rounds and leaf servers
-METRICS_SECONDS = 2.0  # between two reports of memory
-TRIM_SECONDS = 5.0  # between two times that memory of the host is given back
+CONTROL = "control"  # name of the concurrency group
+# Most models, and bytes, that an actor keeps of the newest rounds.
+KEPT_MODELS, KEPT_BYTES = 8, 256 * 2**20
+METRICS_SECONDS = 2.0  # pause between two reports of memory
+TRIM_SECONDS = 5.0  # pause between two returns of freed memory to the host
 
 ModelRef: TypeAlias = "ray.ObjectRef[ArrayRecord]"
 
@@ -121,7 +122,8 @@ class Trainer:
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         share = resources.get("GPU", 0.0) if gpus else resources.get("CPU", 0.0)
         place = f"cuda:{','.join(gpus)}" if gpus else "cpu"
-        self._name = f"trainer-{index} {place} {share:g}"  # first: Ray asks for it on any error
+        # Set first, as Ray asks for it on any error.
+        self._name = f"trainer-{index} {place} {share:g}"
         identify(run)
         name, _, attribute = client_app.partition(":")
         module = importlib.import_module(name)
@@ -133,10 +135,11 @@ class Trainer:
         self._on_gpu = bool(gpus) and torch.cuda.is_available()
         self._pool = ThreadPoolExecutor(1, initializer=self._take_stream)
         self._streams = self._cohort_size = 1
-        self._at_rest = 0, 0  # memory when it was probed: of its own, and as the peak is counted
+        # Memory when it was probed: this process's own, and resident as the peak is.
+        self._at_rest = 0, 0
         self._trained_at_a_time = 0
         self._next_trim = 0.0
-        if self._on_gpu:  # the same bits again
+        if self._on_gpu:  # so that results repeat to the last bit
             torch.backends.cudnn.deterministic = True
         gc.freeze()  # what is imported stays: no pass of the collector need look at it
         if metrics:
@@ -191,7 +194,8 @@ class Trainer:
         """
         loaded = settings_from_json(settings)
 
-        def growth(clients: int) -> int:  # on a thread that trains clients, with what that needs
+        # Runs on a thread that trains clients, which has its own network.
+        def growth(clients: int) -> int:
             self.clean()
             self._reset_peak()
             before = self._memory()
@@ -199,7 +203,7 @@ class Trainer:
             return self._peak() - before
 
         sizes = [1, cohort_size] if cohort_size > 1 else [1]
-        for size in sizes:  # what is there once: libraries, data
+        for size in sizes:  # the first call also loads libraries and data, which are there once
             growth(size)
         self.clean()
         base, before = self._own_memory(sharing), self._memory()
@@ -238,7 +242,7 @@ class Trainer:
         for cohort, found in zip(cohorts, all_found, strict=True):
             answers.update(zip((m.metadata.message_id for m in cohort), found, strict=True))
         if not self._on_gpu and time.monotonic() >= self._next_trim:
-            trim()  # what each thread that received or sent models keeps of them
+            trim()  # gives back what threads keep of models that they received or sent
             self._next_trim = time.monotonic() + TRIM_SECONDS
         return [answers[message.metadata.message_id] for message in messages]
 
@@ -297,7 +301,7 @@ class Trainer:
         for failure in (answer.result for answer in answers):
             if isinstance(failure, Failure) and failure.breaks_the_gpu:
                 print(failure.details, file=sys.stderr, flush=True)
-                os._exit(1)  # nothing works in this process any more; it is replaced
+                os._exit(1)  # a GPU error that no process survives: the grid replaces this actor
         return answers
 
     def _model(self, ref: ModelRef) -> ArrayRecord:
@@ -328,15 +332,15 @@ class Trainer:
             return int(psutil.Process().memory_full_info().uss)
         free, total = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
-        # The rest are the contexts of the actors here: more, if others use the GPU too.
+        # The rest is taken by the contexts of the actors, and by others who use the GPU.
         return int((total - free - reserved) / sharing + reserved)
 
     def _reset_peak(self) -> None:
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
-            with suppress(OSError):  # not Linux, or not allowed: then the peak is an older one
-                Path("/proc/self/clear_refs").write_text("5")  # the resident set's starts anew
+            with suppress(OSError):  # not Linux, or not allowed: then the peak may be from before
+                Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
 
     def _peak(self) -> int:
         if self._on_gpu:

@@ -1,4 +1,4 @@
-"""The real work behind a timeline: trainings that go on in parallel, before they are needed.
+"""Training of a timeline's jobs: in parallel, and ahead of the moment they are needed.
 
 A job can be trained from the moment it is dispatched, as its start version is made by then; its
 update is needed when the server takes it in. So a result depends on nothing but the job.
@@ -28,9 +28,9 @@ from fedge_sim.training.local import Evaluation, pool
 
 log = logging.getLogger(__name__)
 
-TURN_SECONDS = 0.5  # to wait for a reply at a time
-POLL_SECONDS = 0.05  # between two looks at a grid of Flower's
-WAVES = 4  # trained ahead, in what all workers train at a time
+TURN_SECONDS = 0.5  # longest wait for a reply in one call
+POLL_SECONDS = 0.05  # pause between two polls of Flower's grid
+WAVES = 4  # jobs trained ahead, in multiples of what all workers train at a time
 SHARD = 1024  # held-out examples in one message: workers share an evaluation
 
 Take: TypeAlias = Callable[[Message], None]
@@ -52,7 +52,8 @@ class Exchange:
             If the grid does not take them all.
         """
         ids = list(self._grid.push_messages([message for message, _ in messages]))
-        taken = sum(bool(message_id) for message_id in ids)  # Flower's can have none: too large
+        # Flower gives None for a message that is too large.
+        taken = sum(bool(message_id) for message_id in ids)
         if taken != len(messages):
             raise RoundError(f"the grid took {taken} of {len(messages)} messages")
         self._takers.update(zip(ids, (take for _, take in messages), strict=True))
@@ -145,8 +146,9 @@ class Trainings:
         self._exchange, self._settings, self._roster, self._work = exchange, settings, roster, work
         self._ahead = WAVES * at_a_time if ahead is None else ahead
         self._in_waves, self._wave = in_waves, at_a_time if ahead is None else max(1, ahead)
-        self._begun: dict[int, tuple[Job, Start]] = {}  # and not given out, by number
-        self._ready: list[tuple[float, int]] = []  # a heap of arrivals and numbers
+        # Jobs whose result was not asked for yet, by number.
+        self._begun: dict[int, tuple[Job, Start]] = {}
+        self._ready: list[tuple[float, int]] = []  # a heap of (arrival, number)
         self._under_way: set[int] = set()
         self._done: dict[int, Trained] = {}
 
@@ -221,7 +223,7 @@ class Trainings:
     def _message(self, number: int) -> Message:
         (job, start), h = self._begun[number], self._settings.hierarchy
         config = records.train_config(self._settings, h.learning_rate(job.version + 1), h.prox_mu)
-        config[records.ROUND] = 1  # one round for all: what a worker trains with is kept
+        config[records.ROUND] = 1  # the same for all jobs, so that workers keep their networks
         config[records.JOB], config[records.CLIENT_ID] = number, job.client
         config[records.WORK] = self._work(job.client)
         address = Address(records.TRAIN, job.leaf, job.client)
@@ -230,7 +232,7 @@ class Trainings:
 
     def _take(self, number: int, reply: Message) -> None:
         self._under_way.remove(number)
-        if number in self._begun:  # not dropped meanwhile
+        if number in self._begun:  # it was not dropped meanwhile
             self._done[number] = Trained.of(reply, self._begun[number][1])
 
 
@@ -282,7 +284,7 @@ class HeldOutTest:
                 }
             )
             address = Address(records.HELD_OUT, leaf, part)
-            node = roster[part % len(roster)]  # any node has what is held out for all
+            node = roster[part % len(roster)]  # every node has the held-out examples
             message = records.instruction(node, MessageType.EVALUATE, config, model.record, address)
             messages.append((message, partial(self._take, part)))
         exchange.send(messages)

@@ -99,7 +99,7 @@ class ClientUpdate:
     loss : float
         Mean over the examples of the last epoch, without the proximal term.
     seconds : float
-        Of computation; clients that trained in one step share its time by their examples.
+        Seconds of computation; clients that trained in one step share its time by examples.
     path : str
         Which way to train it was: its :attr:`TrainingPath.name`.
     personal : Arrays, optional
@@ -139,7 +139,7 @@ def epochs(task: ClientTask) -> Iterator[list[list[NDArray[np.int64]]]]:
     while left > 0 if settings.local_steps else epoch < settings.local_epochs:
         steps = list(_steps(task.order.permutation(task.rows), settings))
         if not steps:
-            return  # nor has any other epoch one: local_steps would never be done
+            return  # no epoch has a step, so local_steps would never be reached
         if settings.local_steps:
             steps = steps[:left]
             left -= len(steps)

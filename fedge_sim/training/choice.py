@@ -25,11 +25,11 @@ from fedge_sim.training.single import Single
 
 log = logging.getLogger(__name__)
 
-COHORTS = (8, 32, 128)  # sizes that are tried, while a larger one is faster
-# Of each client, so many steps are measured so often, after one that is not; fewer if long.
+COHORTS = (8, 32, 128)  # cohort sizes that are tried, as long as a larger one is faster
+# Steps of each client in a measurement, and measurements, after a warm-up; fewer if long.
 STEPS, TRIES = 4, 3
-PROBE_SECONDS = 1.0  # for one way to train: a size that would take longer is not tried
-GAIN = 1.25  # by which a cohort must be faster: it takes more memory, and measuring is noisy
+PROBE_SECONDS = 1.0  # seconds for one way to train: a size that would take longer is not tried
+GAIN = 1.25  # factor by which a cohort must be faster: it takes more memory, and measuring is noisy
 # What compiling costs, and the share of a step that it saves: see docs/performance.md.
 COMPILE_SECONDS, COMPILE_SAVES = 20.0, 0.15
 

@@ -86,7 +86,7 @@ class Cohort:
         stack = self._stack_of(rule, tasks)
         stack.load(tasks)
         self._run(stack, plan, tasks)
-        arrays, losses = stack.arrays(), stack.losses.tolist()  # waits for the device
+        arrays, losses = stack.arrays(), stack.losses.tolist()  # this waits for the device
         seen = plan.totals.sum(axis=0)
         shares = (time.perf_counter() - started) * seen / max(seen.sum(), 1)
         counted = np.maximum(plan.counted.sum(axis=0), 1)
@@ -150,7 +150,7 @@ class Cohort:
             try:
                 network, expected, tolerance = _plainly(self._original, tasks)
                 updates = Cohort(network).train(_fresh(tasks))
-            except Exception as error:  # a forward pass may raise any
+            except Exception as error:  # a forward pass may raise anything
                 raise CannotVectoriseError(f"{kind}: {_line(error)}") from error
         for update, right in zip(updates, expected, strict=True):
             for name, array in right.arrays.items():

@@ -31,7 +31,8 @@ from fedge_sim.training.flat import FlatNetwork
 from fedge_sim.training.optimizer import State
 
 COMPILE_SECONDS = 1200  # at most
-TOLERANCE = 1e-3  # of a loaded step against the same in plain PyTorch: it must be this network's
+# Largest difference of a loaded step from plain PyTorch: the file must be this network's.
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Step:
         others_now = [tensor.clone() for tensor in others]
         state = self._flat.named(leaf) | dict(zip(names, others_now, strict=True))
         logits = functional_call(self._flat.network, state, (x,))
-        changed = [state[name] for name in names]  # a forward pass may also have put new ones
+        changed = [state[name] for name in names]  # the forward pass may have replaced them
         loss = functional.cross_entropy(logits, y, label_smoothing=spec.label_smoothing)
         (gradient,) = torch.autograd.grad(loss, leaf)
         with torch.no_grad():
@@ -326,6 +327,6 @@ def serve() -> None:
         torch._inductor.aoti_compile_and_package(
             exported, package_path=target, inductor_configs=dict(lowering.OPTIONS)
         )
-    except Exception as error:  # of a network, or of a compiler: whatever it is, it is told
+    except Exception as error:  # a network or a compiler may raise anything; it is reported
         first, *_ = str(error).strip().splitlines() or [""]
         sys.exit(f"{type(error).__name__}: {first}")

@@ -12,9 +12,11 @@ from fedge_sim.data.base import Examples
 from fedge_sim.training.device import device_of
 from fedge_sim.training.local import Evaluation
 
-GPU_BYTES = 8 * 2**20  # of examples in a batch on a GPU, about: smaller ones leave it idle
+# Approximate bytes of examples in a batch on a GPU: smaller ones leave it idle.
+GPU_BYTES = 8 * 2**20
 
-Part = tuple[Examples, NDArray[np.int64]]  # what a client sees, and which rows
+# All examples as a client sees them, and the rows to evaluate.
+Part = tuple[Examples, NDArray[np.int64]]
 
 
 @torch.inference_mode()
@@ -44,7 +46,7 @@ def evaluate_together(
     losses, right = [], []
     for x, y in _batches(parts, size, device):
         x = x.to(like.dtype)
-        if x.dim() == 4:  # convolutions are faster so
+        if x.dim() == 4:  # convolutions are faster in this layout
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             logits = model(x).to(like.dtype)
@@ -52,7 +54,8 @@ def evaluate_together(
         right.append(logits.argmax(dim=1) == y)
     if not losses:
         return [Evaluation(0.0, 0.0, 0) for _ in parts]
-    ends = np.cumsum([len(rows) for _, rows in parts])[:-1]  # the device is waited for here alone
+    # The only place where the device is waited for.
+    ends = np.cumsum([len(rows) for _, rows in parts])[:-1]
     both = (np.split(torch.cat(values).cpu().numpy(), ends) for values in (losses, right))
     return [
         Evaluation(float(loss.sum(dtype=np.float64)) / max(len(loss), 1), _mean(hit), len(loss))

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 _recording = threading.Lock()  # CUDA waits for the whole device where a capture begins
 
 WARM_UP = 3  # calls on a side stream before a capture, as PyTorch's notes ask for
-WORTH_IT = 20  # further calls that repay a capture
+WORTH_IT = 20  # calls after which a capture has repaid its cost
 MOST = 16  # recordings kept, each with its own static inputs
 
 
@@ -125,6 +125,6 @@ class Replayer:
             recording.inputs = static
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # something in the network waits for the device
+        except RuntimeError as error:  # an operation of the network waits for the device
             log.warning("no CUDA graphs for this network: %s", str(error).splitlines()[0])
             self._recorder = None

@@ -19,11 +19,11 @@ class State(NamedTuple):
     Attributes
     ----------
     momentum : Tensor
-        Of its shape: SGD's buffer, or Adam's mean of the gradients.
+        SGD's buffer, or Adam's mean of the gradients; it has the tensor's shape.
     square : Tensor
-        Adam's mean of their squares; empty of SGD.
+        Adam's mean of the squared gradients; empty with SGD.
     steps : Tensor ()
-        Of Adam, that are done.
+        How many steps Adam has done.
     """
 
     momentum: Tensor

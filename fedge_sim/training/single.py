@@ -28,7 +28,8 @@ from fedge_sim.training.pfedme import move_anchor
 
 log = logging.getLogger(__name__)
 
-GATHERED_BYTES = 2**20  # of examples that are fetched at a time: fewer calls, still in the cache
+# Bytes of examples that are gathered in one call: fewer calls, still in the cache.
+GATHERED_BYTES = 2**20
 
 
 class Single:
@@ -90,7 +91,8 @@ class Single:
             x, _ = task.examples.batch(task.rows[:1].repeat(2), device_of(self._network))
             x = x.to(next(self._network.parameters()).dtype)
             self._flat = FlatNetwork(self._network, trained_parameters(self._network, x))
-            load_arrays(self._network, task.start)  # BatchNorm has seen the two rows
+            # The network's BatchNorm has seen the two rows of the trial.
+            load_arrays(self._network, task.start)
         return self._flat
 
     def _step_of(self, task: ClientTask) -> CompiledStep | None:
@@ -186,7 +188,7 @@ class _Client:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, self._autocast, enabled=self._autocast is not None):
             logits = self._flat.network(x).to(self._flat.vector.dtype)
-        self._others = None  # it may have put new tensors in the place of its buffers
+        self._others = None  # the forward pass may have replaced its buffers
         smoothing = self._task.settings.label_smoothing
         loss = functional.cross_entropy(logits, y, label_smoothing=smoothing)
         self._loss += loss.detach() * len(y)
