@@ -7,13 +7,13 @@ A setting's path is the one below ``tool.flwr``: ``app.config.dataset``,
 
 import os
 import re
-import tomllib
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import tomli
 from pydantic import (
     ConfigDict,
     Field,
@@ -460,10 +460,10 @@ def split_overrides(text: object) -> list[str]:
 
 def _read_tables(file: Path) -> dict[str, Any]:
     try:
-        document = tomllib.loads(file.read_text(encoding="utf-8"))
+        document = tomli.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{file}: cannot read the configuration ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: not a TOML file: {error}") from None
     tool = document.get("tool")
     tables = tool.get("flwr") if isinstance(tool, dict) else None
@@ -502,8 +502,8 @@ def _table(tables: dict[str, Any], path: str) -> dict[str, Any]:
 def _value(text: str) -> Any:
     """Read a TOML value; a word that is none, such as uci-har, is taken as text."""
     try:
-        document = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+        document = tomli.loads(f"value = {text}")
+    except tomli.TOMLDecodeError:
         return text
     return document["value"] if len(document) == 1 else text  # a second line, or table
 

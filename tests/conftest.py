@@ -54,6 +54,17 @@ SMALL = (
     "hierarchy.global_rounds=2",
 )
 
+# TOML 1.1: an inline table over several lines, with a comment and a trailing comma.
+OVER_SEVERAL_LINES = """
+[tool.flwr.devices]
+enable = true
+device_speed = {
+    distribution = "normal",  # of a job
+    mean = [1.0, 1.3, 1.6],
+    std = 0.2,
+}
+"""
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory) -> Iterator[None]:

@@ -6,12 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 
 import matplotlib.image
 import numpy as np
 import polars as pl
 import pytest
+import tomli
 from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
@@ -379,4 +379,4 @@ def test_values_are_written_as_toml_reads_them(value):
         repr(value).encode()
     except UnicodeEncodeError:
         return
-    assert tomllib.loads(f"value = {toml(value)}")["value"] == value
+    assert tomli.loads(f"value = {toml(value)}")["value"] == value

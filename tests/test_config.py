@@ -1,7 +1,10 @@
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+import tomli
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +17,7 @@ from fedge_sim.config import (
 from fedge_sim.data import federate
 from fedge_sim.errors import ConfigError, FedgeError
 from fedge_sim.models import build_model
-from tests.conftest import ROOT, clean_environment, command_line
+from tests.conftest import OVER_SEVERAL_LINES, ROOT, clean_environment, command_line
 
 REFERENCE = {
     "hierarchy": {
@@ -211,6 +214,29 @@ def test_a_table_in_an_override_may_have_blanks():
     ]
 
 
+def test_files_and_assignments_are_toml_1_1(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text(OVER_SEVERAL_LINES)
+    settings = load_settings(file)
+    assert settings.devices.device_speed.mean == (1.0, 1.3, 1.6)
+    assert settings.devices.device_speed.std == (0.2,)
+    table = OVER_SEVERAL_LINES.partition("device_speed = ")[2]
+    both = ["devices.enable=true", f"devices.device_speed={table}"]
+    assert load_settings(assignments=both).devices == settings.devices
+    overrides = f"[tool.flwr.app.config]\noverrides = '''{' '.join(both)}'''"
+    file.write_text(overrides)
+    assert load_settings(file).devices == settings.devices
+
+
+def test_the_applications_own_file_is_toml_1_0():
+    """The tools that install it read no other: pip and hatchling, by Python's own module."""
+    if sys.version_info < (3, 15):  # which reads TOML 1.1
+        with pytest.raises(tomllib.TOMLDecodeError):
+            tomllib.loads(OVER_SEVERAL_LINES)
+    text = (ROOT / "pyproject.toml").read_text()
+    assert tomllib.loads(text) == tomli.loads(text)
+
+
 WRONG = {
     "hierarchy.global_round=5": "[hierarchy] global_round = 5: unknown key; did you mean 'global_rounds'?",
     "hierachy.global_rounds=5": "[hierachy]: unknown table; did you mean 'hierarchy'?",
@@ -376,6 +402,21 @@ def test_seed_must_be_a_number():
     for wrong in ("x", "-1", "1.5", "9" * 5000):
         with pytest.raises(ConfigError, match=r"^SEED = "):
             load_settings(seed=wrong)
+
+
+def test_the_command_takes_a_table_over_several_lines(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text(OVER_SEVERAL_LINES + "[tool.flwr.runtime]\nmin_clients_per_round = 4\n")
+    done = subprocess.run(
+        command_line("--config", str(file)),
+        cwd=ROOT,
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    # read to the end: what is wrong in it is its last table
+    assert done.stderr.startswith("error: [runtime] min_clients_per_round = 4: must be at most 3")
 
 
 def test_an_output_folder_may_have_any_name():

@@ -7,14 +7,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
+import tomli
 from safetensors.numpy import load_file
 
-from tests.conftest import ROOT, SMALL, run
+from tests.conftest import OVER_SEVERAL_LINES, ROOT, SMALL, run
 
 TIME_COLUMNS = {"total_comp_time_sec", "comp_time_sec", "round_time_sec"}
 
@@ -52,11 +54,13 @@ class Flower:
             check=True,
         ).stdout
 
-    def run(self, overrides: str, output: Path, nodes: int | None) -> tuple[str, str]:
+    def run(
+        self, overrides: str, output: Path, nodes: int | None, app: Path = ROOT
+    ) -> tuple[str, str]:
         """Return the status of a run and what it printed."""
         federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
         self(
-            *("run", ".", "--stream"),
+            *("run", str(app), "--stream"),
             *(("--federation-config", federation) if nodes else ()),
             *("-c", f'output-dir="{output}" overrides="{overrides}"'),
         )
@@ -138,6 +142,38 @@ def test_flwr_run_equals_the_run_in_this_process(flower, small, tmp_path, nodes)
     history = Path("metrics") / "seed_42" / "cluster_history.json"
     a, b = (json.loads((folder / history).read_text()) for folder in (ours, theirs))
     assert [entry["clusters"] for entry in a] == [entry["clusters"] for entry in b]
+
+
+def test_flwr_build_makes_a_bundle_of_version_1(flower, tmp_path):
+    printed = flower("build", "--app", str(ROOT), cwd=tmp_path)
+    (file,) = tmp_path.glob("*.fab")
+    assert f"Successfully built {file.name}" in printed
+    with zipfile.ZipFile(file) as bundle:
+        names = set(bundle.namelist())
+        assert bundle.read("LICENSE") == (ROOT / "LICENSE").read_bytes()
+        document = tomli.loads(bundle.read("pyproject.toml").decode())
+        listed = {line.split(",")[0] for line in bundle.read(".info/CONTENT").decode().split("\n")}
+    code = {str(f.relative_to(ROOT)) for f in (ROOT / "fedge_sim").rglob("*.py")}
+    assert names == code | {"LICENSE", "pyproject.toml", ".info/CONTENT"}
+    assert listed == names - {".info/CONTENT"}
+    assert document["project"]["license"] == {"file": "LICENSE"}
+    app = document["tool"]["flwr"]["app"]
+    assert (app["fab-format-version"], app["flwr-version-target"]) == (1, "1.42.0")
+
+
+def test_flwr_run_takes_tables_over_several_lines(flower, tmp_path):
+    """What TOML 1.1 allows in an application's file."""
+    app = tmp_path / "fedge-sim"
+    shutil.copytree(ROOT / "fedge_sim", app / "fedge_sim", ignore=shutil.ignore_patterns("*.pyc"))
+    shutil.copy(ROOT / "LICENSE", app)
+    text = (ROOT / "pyproject.toml").read_text()
+    (app / "pyproject.toml").write_text(text + "\n" + OVER_SEVERAL_LINES)
+    few = (*SMALL, "hierarchy.global_rounds=1", "devices.update_timeout=30.0")
+    status, log = flower.run(" ".join(few), tmp_path / "out", None, app)
+    assert status == "finished:completed", log
+    (folder,) = (tmp_path / "out").iterdir()
+    devices = json.loads((folder / "run.json").read_text())["settings"]["devices"]
+    assert (devices["device_speed"]["mean"], devices["update_timeout"]) == ([1.0, 1.3, 1.6], 30)
 
 
 def test_a_wrong_setting_fails_the_run_and_names_itself(flower, tmp_path):
