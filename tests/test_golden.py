@@ -20,7 +20,12 @@ from fedge_sim.algorithms.asynchronous import Update, staleness_weight
 from fedge_sim.algorithms.clustering import weight_clustering
 from fedge_sim.algorithms.server_rules import server_rule
 from fedge_sim.config import CloudCluster, load_settings
-from tests.conftest import SHARED
+from fedge_sim.data.base import ClientData, Standardisation
+from fedge_sim.models.cnn1d import CNN1D
+from fedge_sim.reporting.base import ClientRound
+from fedge_sim.training.base import load_arrays, model_arrays
+from tests.conftest import SHARED, UCI_NPZ
+from tests.imposed import Given, data_of, run_given
 
 EXACT = {"rtol": 0, "atol": 1e-9}  # of float64
 
@@ -158,3 +163,66 @@ def test_updates_of_different_ages(file, case):
             models.append(server.make_version(models[-1], waiting, len(models)))
             waiting = []
     np.testing.assert_allclose([model["w"] for model in models], found["models"], **EXACT)
+
+
+# ------------------------------------------------------------- the older program
+
+
+def cut(values: NDArray[Any], sizes: NDArray[Any]) -> list[NDArray[np.int64]]:
+    """Return a flat list's parts, of these sizes."""
+    return np.split(values.astype(np.int64), np.cumsum(sizes)[:-1])
+
+
+def test_the_older_program_with_equal_settings(monkeypatch, tmp_path):
+    """Models of all rounds to 1e-12, and every answer: with equal settings we are that program.
+
+    The golden file says all that is random; its settings stand in ``older_program.md``.
+    """
+    file = golden("older_program_float64")
+    sizes = file["train_sizes"].astype(int)
+    rounds, per_leaf = len(file["labels"]), file["leaf_right"].shape[1:]
+    train, test = (cut(file[part], file[f"{part}_sizes"]) for part in ("train", "test"))
+    epochs = len(file["orders"]) // (rounds * sizes.sum())
+    orders = iter(cut(file["orders"], np.tile(np.repeat(sizes, epochs), rounds)))
+    order_of = {
+        (r, client): [next(orders) for _ in range(epochs)]
+        for r in range(1, rounds + 1)
+        for client in range(len(sizes))
+    }
+    with np.load(SHARED / UCI_NPZ, allow_pickle=False) as archive:
+        x, y = archive["X"], archive["y"]
+    clients = [ClientData(np.sort(a), np.sort(b)) for a, b in zip(train, test, strict=True)]
+    scale = Standardisation(file["mean"], file["std"])
+    network = CNN1D(x.shape[1:], int(y.max()) + 1).double()
+    start = {n.removeprefix("start."): a for n, a in file.items() if n.startswith("start.")}
+    load_arrays(network, {**model_arrays(network), **start})
+    given = Given(network, data_of(x, y, clients, scale), lambda r, client: order_of[r, client])
+    done = run_given(
+        monkeypatch,
+        given,
+        *(f"app.config.output-dir={tmp_path}", f"hierarchy.global_rounds={rounds}"),
+        *(f"hierarchy.local_epochs={epochs}", "hierarchy.lr_gamma=0.99"),
+        *("cloud_cluster.enable=true", "cloud_cluster.tau=0.7"),
+        f"hierarchy.num_servers={per_leaf[0]}",
+        f"hierarchy.clients_per_server={[per_leaf[1]] * per_leaf[0]}",
+    )
+    compared = 0
+    for r, (record, leaves) in enumerate(zip(done.records, done.leaf_models, strict=True), 1):
+        models = {f"leaf{leaf}": model for leaf, model in enumerate(leaves)}
+        models["cloud"] = record.cloud.global_model
+        for who, model in models.items():
+            for name, array in model.items():
+                if (expected := file.get(f"round{r}.{who}.{name}")) is not None:
+                    assert array.dtype == np.float64
+                    np.testing.assert_allclose(array, expected, rtol=0, atol=1e-12)
+                    compared += 1
+        assert record.cloud.labels == tuple(file["labels"][r - 1])
+        for what in ("leaf", "cloud"):
+            right = [[_right(c, what) for c in leaf.clients] for leaf in record.leaves]
+            assert right == file[f"{what}_right"][r - 1].tolist()
+    assert compared == sum(name.startswith("round") for name in file)
+
+
+def _right(client: ClientRound, what: str) -> float:
+    result = getattr(client, f"{what}_test")
+    return round(result.accuracy * result.num_examples, 9)
