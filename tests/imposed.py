@@ -55,9 +55,12 @@ class Done(Callback):
 
     Attributes
     ----------
+    settings : Settings
     records : list of RoundRecord
     leaf_models : list of list of Arrays
         As they went to the cloud.
+    trained : list of dict of int to Arrays
+        What came of each client's training.
     variates : list of Arrays
         SCAFFOLD's c of the first leaf server.
     kept : list of dict of int to Arrays
@@ -66,6 +69,7 @@ class Done(Callback):
 
     records: list[Any] = field(default_factory=list)
     leaf_models: list[list[Any]] = field(default_factory=list)
+    trained: list[dict[int, Any]] = field(default_factory=list)
     variates: list[Any] = field(default_factory=list)
     kept: list[dict[int, Any]] = field(default_factory=list)
 
@@ -122,10 +126,18 @@ def run_given(monkeypatch, given: Given, *assignments: str) -> Done:
         return own_step(state, models, *rest, **named)
 
     def aggregate(self, server_round, replies):
+        if self.index == 0:
+            done.trained.append({})
+        for reply in replies:
+            sent = records.to_arrays(records.arrays_of(reply))
+            done.trained[-1][records.Address.of(reply).client] = sent
         result = own_aggregate(self, server_round, replies)
         if self.index == 0:
             done.variates.append(self.variate)
         return result
+
+    def order(config: Mapping[str, Any]) -> Order:
+        return Order(given.epochs(config[records.ROUND], config[records.CLIENT_ID]))
 
     own_step, own_aggregate = cloud.step, LeafServer.aggregate_train
     with monkeypatch.context() as patch:
@@ -133,7 +145,7 @@ def run_given(monkeypatch, given: Given, *assignments: str) -> Done:
         patch.setattr(client, "initialise", initialise)
         for module in (client, client_app):
             patch.setattr(module, "federated_data", lambda settings: given.data)
-        patch.setattr(client_app, "_order", lambda settings, config: _Order(given, config))
+        patch.setattr(client_app, "_order", lambda settings, config: order(config))
         if given.selected is not None:
             patch.setattr(LeafServer, "_participants", lambda self, r: given.selected(r))
         patch.setattr(LeafServer, "aggregate_train", aggregate)
@@ -141,14 +153,15 @@ def run_given(monkeypatch, given: Given, *assignments: str) -> Done:
         with InProcessGrid(client_app.app, 1) as grid:
             done.orchestrator = Orchestrator(settings, grid, [done])
             done.orchestrator.run()
+            done.settings = done.orchestrator.settings
     return done
 
 
-class _Order:
+class Order:
     """In the place of the stream that draws the order of a client's examples."""
 
-    def __init__(self, given: Given, config: Mapping[str, Any]) -> None:
-        self._epochs = iter(given.epochs(config[records.ROUND], config[records.CLIENT_ID]))
+    def __init__(self, epochs: Iterable[Rows]) -> None:
+        self._epochs = iter(epochs)
 
     def permutation(self, rows: Rows) -> Rows:
         """Return the next epoch's order."""

@@ -5,27 +5,36 @@ the README there says what each array is. Cases, sizes and settings are read fro
 that other cases in the same form are tested as well. What runs is this package's own code.
 """
 
+import copy
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from fedge_sim import cloud
 from fedge_sim.algorithms.asynchronous import Update, staleness_weight
 from fedge_sim.algorithms.clustering import weight_clustering
 from fedge_sim.algorithms.server_rules import server_rule
+from fedge_sim.client import train_settings
 from fedge_sim.config import CloudCluster, load_settings
 from fedge_sim.data.base import ClientData, Standardisation
 from fedge_sim.models.cnn1d import CNN1D
 from fedge_sim.reporting.base import ClientRound
-from fedge_sim.training.base import load_arrays, model_arrays
+from fedge_sim.training.base import ClientTask, load_arrays, model_arrays
+from fedge_sim.training.evaluation import evaluate_together
+from fedge_sim.training.local import pool
+from fedge_sim.training.single import Single
 from tests.conftest import SHARED, UCI_NPZ
-from tests.imposed import Given, data_of, run_given
+from tests.imposed import Given, Order, data_of, run_given
 
 EXACT = {"rtol": 0, "atol": 1e-9}  # of float64
 
@@ -226,3 +235,205 @@ def test_the_older_program_with_equal_settings(monkeypatch, tmp_path):
 def _right(client: ClientRound, what: str) -> float:
     result = getattr(client, f"{what}_test")
     return round(result.accuracy * result.num_examples, 9)
+
+
+# ------------------------------------------------------- FedAvg, FedProx, SCAFFOLD
+
+
+class Dense(nn.Module):
+    """Linear layers with ReLU between them: weight and bias of one after the other."""
+
+    hidden: tuple[int, ...] = ()
+
+    def __init__(self, example_shape: tuple[int, ...], num_classes: int) -> None:
+        super().__init__()
+        widths = (*example_shape, *self.hidden, num_classes)
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def dense(hidden: tuple[int, ...], x: NDArray[Any], y: NDArray[Any], model: NDArray[Any]) -> Dense:
+    """Return a network in float64 with the values of a flat model (P,)."""
+    kind = type("Dense", (Dense,), {"hidden": hidden})
+    network = kind(x.shape[1:], int(y.max()) + 1).double()
+    assert sum(p.numel() for p in network.parameters()) == len(model)
+    load_arrays(network, by_name(network, model))
+    return network
+
+
+def flat(model: Arrays) -> NDArray[np.float64]:
+    """Return a model as one vector (P,), its arrays in their order."""
+    assert {array.dtype for array in model.values()} == {np.dtype(np.float64)}
+    return np.concatenate([array.ravel() for array in model.values()])
+
+
+def by_name(network: nn.Module, model: NDArray[Any]) -> Arrays:
+    """Return a flat model (P,) as a network's arrays."""
+    own = copy.deepcopy(network)
+    nn.utils.vector_to_parameters(torch.tensor(model), own.parameters())
+    return model_arrays(own)
+
+
+def ends_of(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return first row, and the one after the last, of every client."""
+    return list(pairwise(accumulate(map(int, sizes), initial=0)))
+
+
+HIDDEN = {"perceptron": (), "mlp": (16, 8)}
+NIID = ("niid_perceptron", "niid_mlp_full", "niid_mlp_decay")
+
+
+def niid_cases() -> list[Any]:
+    """Return the cases of methods that are here.
+
+    With momentum SCAFFOLD is left out: their correction is outside of it, ours in the gradient.
+    """
+
+    def is_here(file: str, case: str) -> bool:
+        s = settings_of(golden(file, case)) if case else {"algorithm": "fedavg"}
+        is_scaffold = s["algorithm"] == "scaffold" and s["momentum"] == 0
+        return is_scaffold or s["algorithm"] in ("fedavg", "fedprox")
+
+    return [c for c in cases("w", *NIID, pattern="niid_*") if is_here(*c.values)]
+
+
+def on_paths(found: list[Any], *others: str, of: str) -> list[Any]:
+    """Return the cases to be trained one client at a time, and those of a file in other ways.
+
+    The ways are equal to each other elsewhere (``test_paths.py``).
+    """
+    return [
+        pytest.param(*case.values, training, id=f"{case.id}-{training}")
+        for case in found
+        for training in ("single", *(others if case.values[0] == of else ()))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("file", "case", "training"),
+    on_paths(niid_cases(), "reference", "cohort", of="niid_mlp_decay"),
+)
+def test_niid_bench(monkeypatch, tmp_path, file, case, training):
+    found = golden(file, case)
+    s, selected = settings_of(found), found["selected"]
+    data = golden(file, s["data"])
+    x, y = data["train_x"], data["train_y"]
+    parts = [np.arange(*ends) for ends in ends_of(data["sizes"])]
+    clients = [ClientData(own, own[:1]) for own in parts]
+    done = run_given(
+        monkeypatch,
+        Given(
+            dense(HIDDEN[s["model"]], x, y, found["w"][0]),
+            data_of(x, y, clients),
+            epochs=lambda r, client: repeat(parts[client]),
+            selected=lambda r: np.flatnonzero(selected[r - 1]).tolist(),
+        ),
+        *(f"app.config.output-dir={tmp_path}", f"hierarchy.global_rounds={s['rounds']}"),
+        *("hierarchy.num_servers=1", f"hierarchy.clients_per_server=[{len(parts)}]"),
+        *(f"hierarchy.lr_init={s['lr']}", f"hierarchy.local_epochs={s['epochs']}"),
+        f"hierarchy.batch_size={s['batch_size'] or max(map(len, parts))}",
+        *(f"hierarchy.momentum={s['momentum']}", f"hierarchy.weight_decay={s['weight_decay']}"),
+        *("hierarchy.clip_norm=0.0", "hierarchy.label_smoothing=0.0", "hierarchy.es_patience=0"),
+        f"hierarchy.prox_mu={s['mu']}",
+        f"hierarchy.client_rule={'scaffold' if s['algorithm'] == 'scaffold' else 'sgd'}",
+        f"runtime.training={training}",
+    )
+    models = [flat(record.cloud.global_model) for record in done.records]
+    np.testing.assert_allclose(models, found["w"][1:], **EXACT)
+    for r, expected in zip(found["kept_rounds"].tolist(), found["clients"], strict=True):
+        for client, model in done.trained[r - 1].items():
+            np.testing.assert_allclose(flat(model), expected[client], **EXACT)
+    if s["algorithm"] == "scaffold":
+        np.testing.assert_allclose([flat(c) for c in done.variates], found["c"], **EXACT)
+        for r, expected in zip(found["kept_rounds"].tolist(), found["c_i"], strict=True):
+            zero = np.zeros_like(expected[0])  # of a client that never took part
+            own = [flat(k) if (k := done.kept[r - 1].get(i)) else zero for i in range(len(parts))]
+            np.testing.assert_allclose(own, expected, **EXACT)
+
+
+# ------------------------------------------------------------------------- pFedMe
+
+PFEDME = ("pfedme_mclr", "pfedme_mclr_subset", "pfedme_dnn")
+
+
+def pfedme_files() -> list[Any]:
+    """Return all files of pFedMe's runs."""
+    there = {file.stem for file in folder().glob("pfedme_*.npz")} - {"pfedme_data"}
+    return [pytest.param(file, id=file) for file in sorted(there.union(PFEDME))]
+
+
+@pytest.mark.parametrize(
+    ("file", "training"), on_paths(pfedme_files(), "reference", of="pfedme_mclr_subset")
+)
+def test_pfedme(monkeypatch, tmp_path, file, training):
+    """Every model to 1e-9, of the run and of each client, and what they report of them.
+
+    Their personal figures are those of w_i, not of theta: as published, so tested here on w_i.
+    """
+    found, users = golden(file), golden("pfedme_data")
+    s, number = settings_of(found), len(users["users"])
+    own = [golden("pfedme_data", f"user{k}") for k in range(number)]
+    x = np.concatenate([user[part] for user in own for part in ("train_x", "test_x")])
+    y = np.concatenate([user[part] for user in own for part in ("train_y", "test_y")])
+    ends = ends_of([len(user[part]) for user in own for part in ("train_y", "test_y")])
+    rows = [np.arange(*span) for span in ends]
+    clients = [ClientData(*pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+
+    def epochs(r: int, client: int) -> Iterator[NDArray[np.int64]]:
+        """Go on where the round before ended: the loader's place outlives the round."""
+        mine = clients[client].train
+        yield mine[int(found[f"user{client}/batch_start"][r - 1][0]) :]
+        yield from repeat(mine)
+
+    size, classes = x.shape[1], int(y.max()) + 1
+    hidden, rest = divmod(found["w"].shape[1] - classes, size + classes + 1)  # one layer, or none
+    given = Given(
+        dense((hidden,) if rest == 0 else (), x, y, found["w"][0]),
+        data_of(x, y, clients),
+        epochs=epochs,
+        selected=lambda r: sorted(found["selected"][r - 1].tolist()),
+    )
+    assignments = [
+        *(f"app.config.output-dir={tmp_path}", f"hierarchy.global_rounds={s['rounds']}"),
+        *("hierarchy.num_servers=1", f"hierarchy.clients_per_server=[{number}]"),
+        *("hierarchy.client_rule=pfedme", f"hierarchy.local_steps={s['local_rounds']}"),
+        *(f"hierarchy.pfedme_lambda={s['lamda']}", f"hierarchy.pfedme_steps={s['K']}"),
+        f"hierarchy.pfedme_inner_lr={s['personal_learning_rate']}",
+        f"hierarchy.pfedme_outer_lr={s['learning_rate']}",
+        *(f"hierarchy.server_lr={s['beta']}", f"hierarchy.batch_size={s['batch_size']}"),
+        *(f"hierarchy.weight_decay={s['weight_decay']}", "hierarchy.label_smoothing=0.0"),
+        *("hierarchy.es_patience=0", f"runtime.training={training}"),
+    ]
+    done = run_given(monkeypatch, given, *assignments)
+    models = [flat(record.cloud.global_model) for record in done.records]
+    np.testing.assert_allclose(models, found["w"][1:], **EXACT)
+    network = given.network
+    how = train_settings(done.settings, lr=math.nan, prox_mu=math.nan)
+    for r, w_i, theta in zip(*(found[n] for n in ("kept_rounds", "w_i", "theta")), strict=True):
+        shared, personal = done.trained[r - 1], done.kept[r - 1]
+        start = by_name(network, found["w"][r - 1])
+        for client in set(range(number)) - shared.keys():  # there all train, and some are averaged
+            rows, order = clients[client].train, Order(epochs(r, client))
+            task = ClientTask(start, given.data.examples(client), rows, how, order)
+            [update] = Single(copy.deepcopy(network)).train([task])
+            shared[client], personal[client] = update.arrays, update.personal
+        results = {"test": [], "train": []}
+        for client in range(number):
+            np.testing.assert_allclose(flat(shared[client]), w_i[client], **EXACT)
+            np.testing.assert_allclose(flat(personal[client]), theta[client], **EXACT)
+            load_arrays(network, shared[client])
+            for part, evaluations in results.items():
+                rows = getattr(clients[client], part)
+                evaluations += evaluate_together(network, [(given.data.examples(client), rows)])
+        accuracy, loss = pool(results["test"]).accuracy, pool(results["train"]).loss
+        assert accuracy == pytest.approx(found["reported_personal_test_accuracy"][r - 1], abs=1e-9)
+        assert loss == pytest.approx(found["reported_personal_train_loss"][r - 1], abs=1e-9)
+    # Their figures in a round are of the model before it.
+    tests = [record.central_test.accuracy for record in done.records[:-1]]
+    losses = [record.central_train.loss for record in done.records[:-1]]
+    np.testing.assert_allclose(tests, found["global_test_accuracy"][1:], **EXACT)
+    np.testing.assert_allclose(losses, found["global_train_loss"][1:], **EXACT)
