@@ -1,6 +1,6 @@
 # Every target builds .venv on first use, with the exact versions of constraints.txt.
 .DEFAULT_GOAL := help
-.PHONY: run run-hhar test lint bench bench-cifar bench-overhead bench-full bench-cohort \
+.PHONY: run run-hhar test test-fast lint bench bench-cifar bench-overhead bench-full bench-cohort \
 	bench-data clean help
 
 PYTHON ?= python3
@@ -10,6 +10,9 @@ READY := .venv/ready
 ARGS ?=
 # The folder of HHAR's CSV files.
 DATA ?= data/hhar
+
+# Each worker takes whole files, which share runs and data.
+SIDE_BY_SIDE := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -22,8 +25,11 @@ run-hhar: $(READY)  ## the same on HHAR: make run-hhar DATA=folder (phones only 
 		--set 'app.config.data-root="$(DATA)"' --set app.config.standardise=client \
 		$$(find "$(DATA)" -maxdepth 2 -name '*Watch_*.csv' 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
 
-test: lint  ## lint, type-check and run all tests
-	$(BIN)/python -m pytest $(ARGS)
+test: lint  ## lint, type-check and run all tests, side by side
+	$(SIDE_BY_SIDE) $(ARGS)
+
+test-fast: lint  ## the same without the slow tests: for the hand
+	$(SIDE_BY_SIDE) -m "not slow" $(ARGS)
 
 lint: $(READY)  ## check style and types
 	$(BIN)/ruff check .

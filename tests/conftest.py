@@ -34,6 +34,13 @@ hypothesis_settings.register_profile(
 )
 hypothesis_settings.load_profile("project")
 
+# Files of tests that start Flower, Ray, compilers or many commands, or train for long: longest
+# first, so that the last one to end is short. ``make test-fast`` leaves them out.
+SLOW = (
+    *("flower", "deployment", "methods", "device_run", "ray_failures", "ray_command", "science"),
+    *("ray", "ray_cluster", "ray_gpu", "state", "compiled", "paths", "hhar", "jobs", "compare"),
+)
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
@@ -64,6 +71,15 @@ device_speed = {
     std = 0.2,
 }
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the slow files' tests, and put them first."""
+    place = {f"test_{name}": number for number, name in enumerate(SLOW)}
+    for item in items:
+        if item.path.stem in place:
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: place.get(item.path.stem, len(place)))  # stable
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -111,7 +127,7 @@ def start_ray():
     def session(**resources):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            ray.init(include_dashboard=False, logging_level=logging.ERROR, **resources)
+            ray.init("local", include_dashboard=False, logging_level=logging.ERROR, **resources)
         try:
             yield
         finally:
