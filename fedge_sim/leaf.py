@@ -1,6 +1,7 @@
 """A leaf server: a Flower Strategy over its own clients, with the accuracy gate."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
@@ -67,12 +68,17 @@ class Gate:
         Whether the cloud's model was taken.
     acc_old, acc_new : float
         Accuracy of the leaf's own latest model and of the cloud's, on the test windows of the
-        leaf's clients; nan where there was nothing to compare.
+        leaf's clients; nan where there was nothing to compare, or there is no gate.
     """
 
     accepted: bool
     acc_old: float
     acc_new: float
+
+    @property
+    def judged(self) -> bool:
+        """Whether the two were compared."""
+        return not (math.isnan(self.acc_old) or math.isnan(self.acc_new))
 
 
 @dataclass
@@ -146,7 +152,8 @@ class LeafServer(Strategy):
 
         The own latest model is kept if the cloud's is less accurate than it plus
         ``cluster_better_delta``, both on the test windows of the leaf's clients, as evaluated
-        at the end of the round before. In the first round the cloud's is taken.
+        at the end of the round before. In the first round the cloud's is taken, and with -1,
+        where there is no gate, in all.
 
         Parameters
         ----------
@@ -161,9 +168,12 @@ class LeafServer(Strategy):
         """
         both = [self.evaluations.get(purpose, {}) for purpose in (records.LEAF, records.CLOUD)]
         same = both[0].keys() & both[1].keys()  # clients that answered for both models
+        delta = self.settings.hierarchy.cluster_better_delta
+        if delta <= -1:
+            same = set()
         acc_old, acc_new = (pool(e[c]["test"] for c in sorted(same)).accuracy for e in both)
         # Not a number, and so not rejected, where there is nothing to compare.
-        rejected = acc_new < acc_old + self.settings.hierarchy.cluster_better_delta
+        rejected = acc_new < acc_old + delta
         if not rejected:
             self.model = cloud_model
         self.started_from, self.now = self.model, now

@@ -60,7 +60,8 @@ class Method:
 
 # What makes a method that method is set even where it is the default, as a file may differ.
 _PLAIN = {"hierarchy.client_rule": "sgd", "hierarchy.leaf_strategy": ""}
-_ONE_MODEL = {**_PLAIN, "cloud_cluster.enable": False}
+_NO_GATE = {"hierarchy.cluster_better_delta": -1.0}  # the accuracy gate is Fedge's
+_ONE_MODEL = {**_PLAIN, **_NO_GATE, "cloud_cluster.enable": False}
 _CLUSTERED = {**_PLAIN, "cloud_cluster.enable": True}
 _FLAT = {**_ONE_MODEL, "hierarchy.prox_mu": 0.0}
 
@@ -74,7 +75,12 @@ METHODS: dict[str, Method] = {
     "local": Method("Local only", "lower bound", "flat", _rule("local"), bound=True),
     "centralised": Method("Centralised", "upper bound", "flat", _rule("centralised"), bound=True),
     "fedavg": Method("FedAvg", "McMahan et al. 2017", "flat", _FLAT),
-    "fedprox": Method("FedProx", "Li et al. 2020", "flat", {**_FLAT, "hierarchy.prox_mu": 0.01}),
+    "fedprox": Method(
+        "FedProx",
+        "Li et al. 2020",
+        "flat",
+        {**_FLAT, "hierarchy.prox_mu": 0.01, "hierarchy.prox_mu_decay": 1.0},
+    ),
     # The variates' mean is a plain one, and so must be the models', or the optimum is missed.
     "scaffold": Method(
         "SCAFFOLD",
@@ -90,12 +96,12 @@ METHODS: dict[str, Method] = {
         "clients",
         {
             **_CLUSTERED,
+            **_NO_GATE,
             "cloud_cluster.method": "cfl",
             "hierarchy.prox_mu": 0.0,
-            "hierarchy.cluster_better_delta": -1.0,
         },
     ),
-    "hierfl": Method("HierFL", "Fedge without clusters", "hierarchy", _ONE_MODEL),
+    "hierfl": Method("HierFL", "Fedge without clusters or gate", "hierarchy", _ONE_MODEL),
     "fedge": Method(
         "Fedge",
         "hierarchy, clustered by heads",

@@ -279,9 +279,14 @@ def test_what_a_run_wrote_is_read(tmp_path):
     table = clients([0.5, 0.25], [1, 0]).with_columns(own_train_accuracy=nan)
     table.write_csv(metrics / "clients.csv", float_precision=2)
     (metrics / "cluster_history.json").write_text(json.dumps(history([0, 1], [0, 0])))
+    with pytest.raises(FedgeError, match="no results of a finished run"):
+        read_run(tmp_path, 7)
+    gates = pl.DataFrame({"round": [1, 2], "gate_judged": [0, 3], "gate_accepted": [0, 1]})
+    gates.write_csv(metrics / "distributed_metrics.csv")
     read = read_run(tmp_path, 7)
     assert by_round(read.clients)["accuracy"].to_list() == [0.375, 0.5]
     assert math.isnan(figures_of(read)["gap"])
+    assert figures_of(read)["gate"] == 1 / 3
     assert read.is_clustered
     table.drop("own_loss").write_csv(metrics / "clients.csv")
     with pytest.raises(FedgeError, match="own_loss"):

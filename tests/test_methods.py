@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import polars as pl
 import pytest
 
-from fedge_sim import checkpoint
+from fedge_sim import checkpoint, records
 from fedge_sim.algorithms.personal import personal_names
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import load_settings
@@ -268,6 +269,39 @@ def test_a_method_is_itself_whatever_a_file_says(name):
         assert set_otherwise.cloud_cluster == plain.cloud_cluster
     else:
         assert not set_otherwise.cloud_cluster.enable
+
+
+def test_only_fedge_judges_the_clouds_models(method):
+    keep = Keep()
+    run(method(), [keep])
+    gates = [leaf.gate for record in keep.records for leaf in record.leaves]
+    assert sum(gate.judged for gate in gates) == (3 if method.name == "fedge" else 0)
+    assert all(gate.accepted for gate in gates if not gate.judged)
+
+
+def test_a_hierarchy_without_clusters_is_one_model(small):
+    """HierFL averages twice by examples, which is FedAvg's average, in every round."""
+    common = ("hierarchy.global_rounds=4", "hierarchy.prox_mu=0.0")
+    flat, hierarchy = Keep(), Keep()
+    run(small(*METHODS["fedavg"].assignments((3, 3, 3)), *common), [flat])
+    run(small(*METHODS["hierfl"].assignments((3, 3, 3)), *common), [hierarchy])
+    for one, other in zip(flat.records, hierarchy.records, strict=True):
+        for name, array in one.cloud.global_model.items():
+            ours = other.cloud.global_model[name]
+            np.testing.assert_allclose(ours, array, atol=1e-3, err_msg=name)
+
+
+def test_fedprox_keeps_mu(small):
+    seen, real = [], records.train_config
+
+    def spy(settings, lr, prox_mu):
+        seen.append(prox_mu)
+        return real(settings, lr, prox_mu)
+
+    stable = ("hierarchy.global_rounds=4", "hierarchy.acc_stable_threshold=1.0")
+    with mock.patch.object(records, "train_config", spy):
+        run(small(*METHODS["fedprox"].assignments((3, 3, 3)), *stable), [])
+    assert seen == [0.01] * 4
 
 
 # ------------------------------------------------------------------ Flower's nodes, in turn

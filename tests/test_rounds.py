@@ -1,9 +1,11 @@
 """What a round is made of: who takes part, how leaves average, the gate, mu, and when it ends."""
 
+import io
 import json
 import subprocess
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -11,17 +13,24 @@ import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from fedge_sim import cloud
 from fedge_sim.algorithms.fedprox import proximal_mu
+from fedge_sim.client_app import app as client_app
 from fedge_sim.config import Hierarchy
 from fedge_sim.errors import ConfigError
 from fedge_sim.leaf import LeafServer
+from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.orchestrator import run as run_on_backend
 from fedge_sim.reporting.base import Callback, RunInfo
+from fedge_sim.reporting.comparison import figures_of, read_run
+from fedge_sim.reporting.progress import ConsoleReporter
 from fedge_sim.reporting.stopping import EarlyStopping, TargetAccuracy
 from fedge_sim.reporting.tables import TableWriter
+from fedge_sim.runtime.in_process import InProcessGrid
 from tests.conftest import Keep, clean_environment, command_line, run
+from tests.test_methods import KilledInRound, files_of
 
 # ------------------------------------------------------------------ who takes part
 
@@ -107,8 +116,6 @@ def test_scaffold_with_adam_makes_no_sense(small, rule):
 
 
 def test_a_strategy_is_resumed_with_what_it_remembers(small):
-    from tests.test_methods import KilledInRound, files_of
-
     settings = small(
         "hierarchy.global_rounds=3", "hierarchy.leaf_strategy=FedAdam",
         "hierarchy.leaf_strategy_options={eta = 0.01}",
@@ -117,9 +124,6 @@ def test_a_strategy_is_resumed_with_what_it_remembers(small):
     with pytest.raises(KeyboardInterrupt):
         run(settings, [TableWriter(), KilledInRound(3)])
     [killed] = (f for f in whole.folder.parent.iterdir() if f != whole.folder)
-    from fedge_sim.client_app import app as client_app
-    from fedge_sim.orchestrator import Orchestrator
-    from fedge_sim.runtime.in_process import InProcessGrid
 
     with InProcessGrid(client_app, 2) as grid:
         Orchestrator(settings, grid, [TableWriter()], killed).run()
@@ -167,6 +171,35 @@ def test_a_poisoned_cloud_model_is_rejected_and_the_leafs_survives(small):
     assert kept.last.leaves[1].leaf_test.accuracy > poisoned_leaf.leaf_test.accuracy
     assert decisions["gate_accepted"][0] == 1
     assert np.isnan(decisions["gate_acc_old"][0])  # nothing to compare yet
+    assert not poisoned_leaf.gate.judged
+
+
+def test_the_closing_table_says_how_many_cloud_models_the_gate_accepted(small):
+    """Those of a run that was resumed as well."""
+    settings = small("hierarchy.global_rounds=4", "hierarchy.cluster_better_delta=0.02")
+    keep, shown = Keep(), io.StringIO()
+    console = ConsoleReporter(Console(file=shown, width=200))
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, [TableWriter(), keep, KilledInRound(3)])
+    [folder] = Path(settings.data.output_dir).iterdir()
+    del keep.records[-1]  # done again
+    with InProcessGrid(client_app, 2) as grid:
+        Orchestrator(settings, grid, [TableWriter(), keep, console], folder).run()
+    gates = [leaf.gate for record in keep.records[1:] for leaf in record.leaves]
+    accepted = sum(gate.accepted for gate in gates)
+    assert 0 < accepted < len(gates) == 9
+    share = f"{accepted / 9:.0%}"
+    assert f"accuracy gate: accepted {accepted} of 9 cloud models ({share})\n" in shown.getvalue()
+    assert figures_of(read_run(folder, 42))["gate"] == accepted / 9
+
+
+def test_without_a_gate_there_is_no_share_of_accepted_models(small):
+    settings, shown = small("hierarchy.cluster_better_delta=-1.0"), io.StringIO()
+    console = ConsoleReporter(Console(file=shown, width=200))
+    folder = run(settings, [TableWriter(), console]).folder
+    assert "mean leaf accuracy" in shown.getvalue()
+    assert "accuracy gate" not in shown.getvalue()
+    assert np.isnan(figures_of(read_run(folder, 42))["gate"])
 
 
 # ------------------------------------------------------------------ FedProx's mu

@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from fedge_sim.errors import FedgeError
-from fedge_sim.reporting.tables import mean_std_interval
+from fedge_sim.reporting.tables import gate_decisions, mean_std_interval
 
 OWN = ("own_accuracy", "own_loss", "own_train_accuracy")
 _SEED_MEANS = 2  # what a t-test over seeds needs
@@ -36,11 +36,14 @@ class Run:
         ``clients.csv``: one row for each client and round.
     history : tuple of mapping
         ``cluster_history.json``: one entry a round.
+    gate : tuple of int
+        How many of the cloud's models the accuracy gates judged, and accepted.
     """
 
     seed: int
     clients: pl.DataFrame
     history: tuple[Mapping[str, Any], ...]
+    gate: tuple[int, int] = (0, 0)
 
     @property
     def final(self) -> pl.DataFrame:
@@ -92,12 +95,13 @@ def read_run(folder: Path, seed: int) -> Run:
         )
         clients.select("round", "server", "client", "num_test", *numbers)
         history = json.loads((metrics / "cluster_history.json").read_text(encoding="utf-8"))
+        gate = gate_decisions(metrics)
     except (OSError, ValueError, pl.exceptions.PolarsError) as error:
         problem = str(error).splitlines()[0]
         raise FedgeError(f"{metrics}: no results of a finished run ({problem})") from None
     if clients.is_empty():
         raise FedgeError(f"{metrics}: clients.csv has no round")
-    return Run(seed, clients, tuple(history))
+    return Run(seed, clients, tuple(history), gate)
 
 
 def answered(clients: pl.DataFrame) -> pl.DataFrame:
@@ -169,10 +173,12 @@ def figures_of(run: Run, target: float | None = None) -> dict[str, float]:
     enough = pl.col("accuracy").fill_nan(None) >= (math.inf if target is None else target)
     reached = rounds.filter(enough)
     first = reached.row(0, named=True) if len(reached) else {}
+    judged, accepted = run.gate
     return {
         "final_accuracy": last["accuracy"],
         "best_accuracy": _number(rounds["accuracy"].fill_nan(None).max()),
         "leaf_accuracy": _number(run.final["leaf_accuracy"].mean()),
+        "gate": accepted / judged if judged else math.nan,
         "final_loss": last["loss"],
         "gap": last["gap"],
         "rounds_to_target": _number(first.get("round")),

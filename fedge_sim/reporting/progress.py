@@ -30,6 +30,7 @@ from fedge_sim.reporting.base import (
     VersionRecord,
 )
 from fedge_sim.reporting.stopping import is_of_all
+from fedge_sim.reporting.tables import gate_decisions
 from fedge_sim.reporting.versions import LOSSES, TOTALS, versions_written
 from fedge_sim.runtime.rounds import Job
 
@@ -147,6 +148,7 @@ class ConsoleReporter(Callback):
             f"mean leaf accuracy before the cloud step: {last.mean_leaf_accuracy:.2%}\n"
             f"mean client accuracy of {whose}: {last.mean_client_accuracy:.2%}\n"
             f"one model for all (the average of the leaves): {last.central_test.accuracy:.2%}\n"
+            f"{self._gates()}"
             f"clusters: {_clusters(last.cloud)}; {seconds:.1f} s, "
             f"{seconds / (last.global_round - self._done_before):.1f} s a round"
             f"{_simulated(last)}\n"
@@ -154,6 +156,18 @@ class ConsoleReporter(Callback):
             highlight=False,
             soft_wrap=True,
         )
+
+    def _gates(self) -> str:
+        """Return a line on the cloud's models that the accuracy gates judged; empty if none were.
+
+        It counts all rounds, also those before a run was resumed.
+        """
+        metrics = self._folder / "metrics" / f"seed_{self._settings.seed}"
+        judged, accepted = gate_decisions(metrics) if metrics.exists() else (0, 0)
+        if not judged:
+            return ""
+        share = f"{accepted / judged:.0%}"
+        return f"accuracy gate: accepted {accepted} of {judged} cloud models ({share})\n"
 
     def close(self) -> None:
         """Take the bar off the screen."""

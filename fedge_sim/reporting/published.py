@@ -39,6 +39,7 @@ PANELS: dict[str, tuple[Column, ...]] = {
         Column("final_accuracy", "final accuracy, %", "high", PERCENT),
         Column("best_accuracy", "best accuracy, %", "high", PERCENT),
         Column("leaf_accuracy", "leaf servers' own, %", "", PERCENT),
+        Column("gate", "accepted by the gate, %", "", PERCENT),
         Column("final_loss", "final loss", "low", decimals=3),
         Column("gap", "generalisation gap, points", "near zero", PERCENT),
     ),
@@ -65,8 +66,9 @@ NOTES = (
     "Accuracy and loss are means over clients, each on its own test examples, of the model that "
     "the method gives it: the one that the cloud hands back, or its personal one. Leaf servers' "
     "own: final accuracy of the models before the cloud step, with which they go on where the "
-    "accuracy gate rejects the cloud's. Best: of all rounds. Generalisation gap: accuracy on "
-    "training examples minus accuracy on test examples.",
+    "accuracy gate rejects the cloud's. Accepted by the gate: share of the cloud's models, over "
+    "all rounds and leaf servers; none where there is no gate. Best: of all rounds. Generalisation "
+    "gap: accuracy on training examples minus accuracy on test examples.",
     "Simulated seconds: of the virtual clock (devices.enable); without one, a round takes as long "
     "as the training of its slowest client, as if each client had a device of its own, like one "
     "core of the machine that ran this, and the network were free: that is measured, and the "

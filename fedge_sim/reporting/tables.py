@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 from scipy.special import stdtrit
 
 from fedge_sim.cloud import CloudState
@@ -18,6 +19,7 @@ from fedge_sim.reporting.clusters import agreement, agreement_with_groups, new_i
 
 CONFIDENCE = 0.95
 RATES_FOR_STABILITY = 5
+DISTRIBUTED = "distributed_metrics.csv"
 
 
 class TableWriter(Callback):
@@ -48,7 +50,7 @@ class TableWriter(Callback):
         """Add the round to every file."""
         truth = self._clusters.write(record.global_round, record.cloud, record.simulated_seconds)
         row = distributed_row(record) | {"ari_truth": math.nan if truth is None else truth}
-        append_rows(self._metrics / "distributed_metrics.csv", [row])
+        append_rows(self._metrics / DISTRIBUTED, [row])
         self._losses.append(record.central_test.loss)
         self._accuracies.append(record.central_test.accuracy)
         central = centralized_row(record, self._losses, self._accuracies)
@@ -159,8 +161,11 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
 
     The first columns are of the leaves' own models, before the cloud step, each on the
     pooled test windows of its clients; ``cloud_*`` of the models that the cloud handed back,
-    averaged over leaves, and ``client_*`` of those or the clients' own, over clients.
+    averaged over leaves, and ``client_*`` of those or the clients' own, over clients. Of the
+    cloud's models of the round before, the accuracy gates judged ``gate_judged``, and accepted
+    ``gate_accepted`` of these.
     """
+    judged = [leaf.gate for leaf in record.leaves if leaf.gate.judged]
     answered = [leaf for leaf in record.leaves if leaf.leaf_test.num_examples > 0]
     accuracy = mean_std_interval([leaf.leaf_test.accuracy for leaf in answered])
     loss = mean_std_interval([leaf.leaf_test.loss for leaf in answered])
@@ -184,7 +189,21 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
         "lr": record.lr,
         "simulated_seconds": record.simulated_seconds,
         "num_lost": sum(c.lost for c in record.clients),
+        "gate_judged": len(judged),
+        "gate_accepted": sum(gate.accepted for gate in judged),
     }
+
+
+def gate_decisions(metrics: Path) -> tuple[int, int]:
+    """Return how many of the cloud's models a run's gates judged, and how many they accepted.
+
+    Raises
+    ------
+    OSError, ValueError, polars.exceptions.PolarsError
+        If the table of that is missing or damaged.
+    """
+    table = pl.read_csv(metrics / DISTRIBUTED, columns=["gate_judged", "gate_accepted"])
+    return int(table["gate_judged"].sum()), int(table["gate_accepted"].sum())
 
 
 def centralized_row(
