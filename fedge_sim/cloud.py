@@ -129,6 +129,7 @@ def cluster(
             eps_2=settings.eps_2,
             gamma_max=settings.gamma_max,
             min_cluster_size=settings.min_cluster_size,
+            linkage=settings.linkage,
         )
     else:
         matrix = similarity(vectors)

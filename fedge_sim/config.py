@@ -211,6 +211,7 @@ class CloudCluster(Table):
     eps_2: NonNegative = 1.6
     gamma_max: Annotated[float, Field(ge=0, le=1)] = 0.0
     min_cluster_size: Count = 2
+    linkage: Literal["complete", "single"] = "complete"
 
     def due(self, global_round: int) -> bool:
         """Whether the cloud clusters in this global round (counted from 1)."""

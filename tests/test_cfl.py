@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from sklearn.cluster import AgglomerativeClustering
 
 from fedge_sim import cloud
 from fedge_sim.algorithms.cfl import bipartition, split_clusters
@@ -16,7 +17,14 @@ from fedge_sim.config import CloudCluster
 from fedge_sim.reporting.tables import TableWriter
 from tests.conftest import run
 
-GATES = {"eps_1": 0.4, "eps_2": 1.6, "gamma_max": 0.0, "min_cluster_size": 1}
+GATES = {
+    "eps_1": 0.4,
+    "eps_2": 1.6,
+    "gamma_max": 0.0,
+    "min_cluster_size": 1,
+    "linkage": "complete",
+}
+LINKAGES = st.sampled_from(["complete", "single"])
 WIDE = {"eps_1": np.inf, "eps_2": 0.0}  # always at rest, always moving
 
 
@@ -30,44 +38,65 @@ def across(matrix, part):
 
 
 @given(st.integers(0, 10**6), st.integers(2, 7))
-def test_the_cut_is_the_best_of_all(seed, n):
+def test_the_single_cut_is_the_best_of_all(seed, n):
     matrix = random_cosines(seed, n)
-    part, value = bipartition(matrix, 1)
+    part, value = bipartition(matrix, 1, "single")
     others = [np.isin(np.arange(n), own) for k in range(1, n) for own in combinations(range(n), k)]
     assert value == across(matrix, part) == min(across(matrix, other) for other in others)
 
 
-@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 4))
-def test_parts_are_large_enough_and_their_cut_is_of_one_edge(seed, n, least):
+@given(st.integers(0, 10**6), st.integers(2, 9), LINKAGES)
+def test_the_cut_is_that_of_agglomerative_clustering(seed, n, linkage):
+    """The class that the authors' code uses."""
     matrix = random_cosines(seed, n)
-    cut = bipartition(matrix, least)
+    method = AgglomerativeClustering(2, metric="precomputed", linkage=linkage)
+    part, value = bipartition(matrix, 1, linkage)
+    np.testing.assert_array_equal(pairs(part), pairs(method.fit_predict(-matrix)))
+    assert value == across(matrix, part)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9), st.integers(1, 4), LINKAGES)
+def test_parts_are_large_enough(seed, n, least, linkage):
+    matrix = random_cosines(seed, n)
+    cut = bipartition(matrix, least, linkage)
     if cut is None:
+        # not one of the clusters on the way from one to n has two parts that are large enough
+        for k in range(2, n + 1):
+            method = AgglomerativeClustering(k, metric="precomputed", linkage=linkage)
+            assert (np.bincount(method.fit_predict(-matrix)) >= least).sum() < 2
         return
     part, value = cut
     assert min(part.sum(), (~part).sum()) >= least
     assert value == across(matrix, part)
 
 
-def test_who_is_too_few_is_not_cut():
-    assert bipartition(np.ones((1, 1)), 1) is None
-    assert bipartition(random_cosines(0, 3), 2) is None
+@pytest.mark.parametrize("linkage", ["complete", "single"])
+def test_who_is_too_few_is_not_cut(linkage):
+    assert bipartition(np.ones((1, 1)), 1, linkage) is None
+    assert bipartition(random_cosines(0, 3), 2, linkage) is None
     # 0 is like nobody, but would stand alone; the pairs are (1, 2) and (3, 4)
-    matrix = np.eye(5)
-    for i, j, value in ((1, 2, 0.9), (3, 4, 0.9), (2, 3, 0.1), (0, 1, -0.5)):
-        matrix[i, j] = matrix[j, i] = value
-    matrix[matrix == 0] = -0.6
-    assert bipartition(matrix, 1)[1] == -0.5
-    part, value = bipartition(matrix, 2)
+    matrix = np.float64(
+        [
+            [1.0, -0.5, -0.5, -0.6, -0.6],
+            [-0.5, 1.0, 0.9, 0.1, 0.1],
+            [-0.5, 0.9, 1.0, 0.1, 0.1],
+            [-0.6, 0.1, 0.1, 1.0, 0.9],
+            [-0.6, 0.1, 0.1, 0.9, 1.0],
+        ]
+    )
+    assert bipartition(matrix, 1, linkage)[1] == -0.5
+    part, value = bipartition(matrix, 2, linkage)
     assert value == 0.1
     assert part[3] == part[4] != part[0] == part[1] == part[2]
 
 
-def test_equal_updates_stay_together():
+@pytest.mark.parametrize("linkage", ["complete", "single"])
+def test_equal_updates_stay_together(linkage):
     matrix = np.float32([[1, 1, 0], [1, 1, 0], [0, 0, 1]])
-    part, value = bipartition(matrix, 1)
+    part, value = bipartition(matrix, 1, linkage)
     assert part[0] == part[1] != part[2]
     assert value == 0.0
-    assert bipartition(np.ones((3, 3)), 1)[1] == 1.0  # gamma_max is what forbids this cut
+    assert bipartition(np.ones((3, 3)), 1, linkage)[1] == 1.0  # gamma_max is what forbids this cut
 
 
 def planted(seed, sizes=(3, 4), width=30, noise=0.1):
@@ -85,14 +114,15 @@ def pairs(labels):
     return np.equal.outer(labels, labels)
 
 
-@given(st.integers(0, 10**6))
-def test_planted_groups_are_found_and_no_third(seed):
+@given(st.integers(0, 10**6), LINKAGES)
+def test_planted_groups_are_found_and_no_third(seed, linkage):
     group, updates, examples = planted(seed)
-    labels, matrix = split_clusters([0] * 7, updates, examples, **GATES)
+    gates = GATES | {"linkage": linkage}
+    labels, matrix = split_clusters([0] * 7, updates, examples, **gates)
     np.testing.assert_array_equal(pairs(labels), pairs(group))
     assert matrix[group == 0][:, group == 1].max() < -0.9  # signed
     # within a group all move alike: its mean is no smaller than its members
-    again, _ = split_clusters(labels, updates, examples, **GATES)
+    again, _ = split_clusters(labels, updates, examples, **gates)
     np.testing.assert_array_equal(again, labels)
 
 
@@ -124,7 +154,7 @@ def test_clusters_only_split_in_two(updates, data):
     n = len(updates)
     before = np.array(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
     least = data.draw(st.integers(1, 3))
-    gates = GATES | WIDE | {"min_cluster_size": least}
+    gates = GATES | WIDE | {"min_cluster_size": least, "linkage": data.draw(LINKAGES)}
     labels, matrix = split_clusters(before, list(updates), [1] * n, **gates)
     assert not (pairs(labels) & ~pairs(before)).any()  # never joined
     for k in np.unique(before):

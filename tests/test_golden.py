@@ -9,6 +9,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from itertools import accumulate, pairwise, repeat
 from pathlib import Path
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 
 from fedge_sim import cloud
 from fedge_sim.algorithms.asynchronous import Update, staleness_weight
-from fedge_sim.algorithms.clustering import weight_clustering
+from fedge_sim.algorithms.cfl import bipartition
+from fedge_sim.algorithms.clustering import cosines, weight_clustering
 from fedge_sim.algorithms.server_rules import server_rule
 from fedge_sim.client import train_settings
 from fedge_sim.config import CloudCluster, load_settings
@@ -437,3 +439,77 @@ def test_pfedme(monkeypatch, tmp_path, file, training):
     losses = [record.central_train.loss for record in done.records[:-1]]
     np.testing.assert_allclose(tests, found["global_test_accuracy"][1:], **EXACT)
     np.testing.assert_allclose(losses, found["global_train_loss"][1:], **EXACT)
+
+
+# ------------------------------------------------------- clusters that are split (CFL)
+
+
+def as_partition(labels: NDArray[Any]) -> list[tuple[int, ...]]:
+    """Return who is together, whatever the clusters are called."""
+    return sorted(tuple(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels))
+
+
+@pytest.mark.parametrize(("file", "case"), cases("complete", "cfl_bipartition"))
+def test_cfl_cuts_and_splits(file, case):
+    found = golden(file, case)
+    updates, n = list(found["updates"]), len(found["updates"])
+    matrix = cosines(updates)
+    np.testing.assert_allclose(matrix, found["similarity"], **EXACT)
+    for linkage in ("complete", "single"):
+        part, across = bipartition(matrix, 1, linkage)
+        assert as_partition(part) == as_partition(found[linkage])
+        np.testing.assert_allclose(across, found[f"across_{linkage}"], **EXACT)
+    lengths = found["mean_norm"], found["max_norm"]
+    tested = 0
+    for pair, gates in enumerate(found["eps"]):
+        if np.isclose(gates, lengths, rtol=1e-12).any():
+            continue  # the last bit of a norm decides
+        for at, global_round in enumerate(found["rounds"].tolist()):
+            # Theirs starts after round 20, and leaves two together; ours has settings for both.
+            table = CloudCluster(
+                method="cfl",
+                start_round=21,
+                min_cluster_size=1 if n > 2 else 2,
+                eps_1=gates[0],
+                eps_2=gates[1],
+            )
+            start = {"w": np.zeros_like(updates[0])}
+            state = replace(cloud.initial_state(start, n), global_round=global_round - 1)
+            models = [{"w": update} for update in updates]
+            labels, _ = cloud.cluster(state, models, [start] * n, [1] * n, table, {"w"})
+            assert (len(set(labels)) == 2) == found["split"][pair, at]
+            if len(set(labels)) == 2:
+                assert as_partition(np.array(labels)) == as_partition(found["complete"])
+            tested += 1
+    assert tested
+
+
+# Not "as_published", where their code takes a part's indices within its cluster for clients'.
+RUNS = [case for case in cases("clusters", "cfl_run") if case.values[1] != "as_published"]
+
+
+@pytest.mark.parametrize(("file", "case"), RUNS)
+def test_cfl_over_rounds(file, case):
+    """Split, keep, and average each cluster."""
+    arrays, found = golden(file), golden(file, case)
+    given = settings_of(arrays)
+    table = CloudCluster(
+        method="cfl",
+        start_round=given["round_guard"] + 1,
+        min_cluster_size=1,
+        eps_1=given["eps_1"],
+        eps_2=given["eps_2"],
+    )
+    number = arrays["updates"].shape[1]
+    state = cloud.initial_state({"w": np.zeros(arrays["updates"].shape[2])}, number)
+    for at, global_round in enumerate(arrays["rounds"].tolist()):
+        state = replace(state, global_round=global_round - 1)
+        updates = arrays["updates"][at]
+        models = [{"w": state.model_for(k)["w"] + update} for k, update in enumerate(updates)]
+        examples = [1] * number
+        state = cloud.step(state, models, examples, table, global_lr=1.0, trainable={"w"})
+        members = [tuple(np.flatnonzero(row).tolist()) for row in found["member"][at] if row.any()]
+        assert as_partition(np.array(state.labels)) == sorted(members)
+        assert len(state.cluster_models) == found["clusters"][at]
+        ours = [state.model_for(k)["w"] for k in range(number)]
+        np.testing.assert_allclose(ours, found["models"][at], **EXACT)

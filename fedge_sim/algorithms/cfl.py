@@ -6,14 +6,16 @@ leaf servers here, and every call does one step of its recursion. Clusters are n
 """
 
 from collections.abc import Sequence
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
+from scipy.cluster.hierarchy import linkage as joined
 
 from fedge_sim.algorithms import FloatArray
 from fedge_sim.algorithms.clustering import cosines, finite, in_order
+
+Linkage: TypeAlias = Literal["complete", "single"]
 
 
 def split_clusters(
@@ -25,6 +27,7 @@ def split_clusters(
     eps_2: float,
     gamma_max: float,
     min_cluster_size: int,
+    linkage: Linkage,
 ) -> tuple[NDArray[np.int64], FloatArray]:
     """Split every cluster that has come to rest while its members still move, in two.
 
@@ -45,6 +48,8 @@ def split_clusters(
     gamma_max : float
         Least distance of the two halves, 0 to 1.
     min_cluster_size : int
+    linkage : {"complete", "single"}
+        How a cluster is cut; see :func:`bipartition`.
 
     Returns
     -------
@@ -62,18 +67,24 @@ def split_clusters(
         at_rest = np.linalg.norm(share @ own) < eps_1
         if not at_rest or np.linalg.norm(own, axis=1).max() <= eps_2:
             continue
-        cut = bipartition(similarity[np.ix_(members, members)], min_cluster_size)
+        cut = bipartition(similarity[np.ix_(members, members)], min_cluster_size, linkage)
         if cut is not None and gamma_max < np.sqrt(max(0.0, 1 - cut[1]) / 2):
             halves[members[cut[0]]] = halves.max() + 1
     return in_order(halves), similarity
 
 
-def bipartition(similarity: FloatArray, min_size: int) -> tuple[NDArray[np.bool_], float] | None:
-    """Cut a cluster where the largest similarity across the cut is least.
+def bipartition(
+    similarity: FloatArray, min_size: int, linkage: Linkage
+) -> tuple[NDArray[np.bool_], float] | None:
+    """Cut a cluster in two by agglomerative clustering of its members.
 
-    That is the lightest edge of its maximum spanning tree, as every cut has an edge of the tree
-    across it, and the edge alone is cut by its own. Where a part would be too small the next
-    edge is tried, from the least similar on; only such cuts of one edge are.
+    With ``"single"`` linkage the largest similarity across the cut is the least of all cuts
+    (Algorithm 1 of the paper); with ``"complete"`` the two parts are those whose joining would
+    bring together the least similar pair (the authors' code).
+
+    Where a part would be too small, the cut is made further down, where both are large enough
+    for the first time; the few that were cut off on the way go each to the part that they are
+    more alike to, by the same linkage.
 
     Parameters
     ----------
@@ -81,6 +92,7 @@ def bipartition(similarity: FloatArray, min_size: int) -> tuple[NDArray[np.bool_
         -1 to 1.
     min_size : int
         Least members of a part.
+    linkage : {"complete", "single"}
 
     Returns
     -------
@@ -91,12 +103,30 @@ def bipartition(similarity: FloatArray, min_size: int) -> tuple[NDArray[np.bool_
     None if no part may be so small.
     """
     n = len(similarity)
-    distance = 2.0 - similarity.astype(np.float64)  # above 0: a 0 would be no edge
-    tree = minimum_spanning_tree(distance).tocoo()
-    for edge in np.argsort(-tree.data, kind="stable"):
-        rest = np.arange(n - 1) != edge
-        kept = csr_array((tree.data[rest], (tree.row[rest], tree.col[rest])), shape=(n, n))
-        part = connected_components(kept, directed=False)[1] == 1
-        if min_size <= part.sum() <= n - min_size:
-            return part, float(similarity[tree.row[edge], tree.col[edge]])
-    return None
+    if n < 2 * min_size:
+        return None
+    # Row i joins nodes a and b to node n + i; nodes 0..n-1 are the members.
+    rows = joined(-similarity[np.triu_indices(n, 1)].astype(np.float64), linkage)
+    joins = rows[:, :2].astype(np.int64)
+    sizes = np.concatenate([np.ones(n), rows[:, 3]])
+    large = np.flatnonzero(sizes[joins].min(axis=1) >= min_size)
+    if not len(large):
+        return None
+    halves = [_members(joins, node) for node in joins[large[-1]]]
+    closest = {"complete": np.min, "single": np.max}[linkage]
+    first, second = (closest(similarity[:, half], axis=1) for half in halves)
+    part = first > second
+    part[halves[0]], part[halves[1]] = True, False
+    return part, float(similarity[np.ix_(part, ~part)].max())
+
+
+def _members(joins: NDArray[np.int64], node: int) -> list[int]:
+    """Return the members below a node of the tree."""
+    members, nodes = [], [int(node)]
+    while nodes:
+        node = nodes.pop()
+        if node <= len(joins):
+            members.append(node)
+        else:
+            nodes += joins[node - len(joins) - 1].tolist()
+    return members
