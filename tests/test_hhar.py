@@ -1,10 +1,14 @@
 """The HHAR reader: real files with real damage, invented damage, and what windows must hold."""
 
+import hashlib
+import json
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,9 @@ from hypothesis import strategies as st
 from fedge_sim.config import load_settings
 from fedge_sim.data import DATASETS, federate, load_dataset
 from fedge_sim.data.hhar_csv import CLASSES, COLUMNS, LABELS, FileReport, Key, read_sensor_file
-from fedge_sim.data.resampling import MAX_GAP, UNKNOWN, clean
+from fedge_sim.data.hhar_files import SENSORS
+from fedge_sim.data.resampling import MAX_GAP, ROW, UNKNOWN, clean
+from fedge_sim.data.store import canonical
 from fedge_sim.errors import DataError, FedgeError
 from tests.conftest import ROOT, Keep, clean_environment, run
 
@@ -177,6 +183,36 @@ def test_made_files_are_read_whole_and_can_be_told_apart(tmp_path):
     assert len(data) > 500
 
 
+@pytest.mark.parametrize("sensor", ["accelerometer", "gyroscope"])
+def test_no_window_is_joined_over_a_pause_of_a_watch(shared, sensor):
+    """The watch's own clock stands still in pauses: who cuts by it alone sees none of the 30."""
+    file = shared / "data" / "hhar_excerpt" / f"rdavilao_Watch_{sensor}.csv"
+    cells = [text.split(",") for text in file.read_text().splitlines()]
+    rows = np.zeros(len(cells), ROW)
+    rows["arrival"] = [int(row[1]) * MS for row in cells]
+    rows["creation"] = [int(row[2]) for row in cells]
+    pauses = np.flatnonzero(np.diff(rows["arrival"]) > 500 * MS)
+    assert len(pauses) == 30
+    assert np.diff(rows["arrival"]).max() > 37_000 * MS
+    unseen = np.diff(rows["creation"])[pauses] < 50 * MS
+    assert unseen.sum() == {"accelerometer": 29, "gyroscope": 30}[sensor]
+
+    _, parts = read(file)
+    (labelled,) = parts.values()
+    for own, expected in ((rows, 30), (labelled, 29)):  # "null" rows begin or end with one
+        arrival = own["arrival"]
+        pauses = np.flatnonzero(np.diff(arrival) > 500 * MS)
+        assert len(pauses) == expected
+        found = clean(own)
+        begin, end = found.time[found.starts], found.time[found.ends - 1]
+        for pause in pauses:
+            before, after = arrival[pause], arrival[pause + 1]
+            assert not ((begin <= before) & (end >= after)).any(), (before, after)
+        assert ((end[:-1] <= begin[1:]) & (begin <= end)[1:]).all()
+        for start, stop in zip(found.starts, found.ends, strict=True):
+            assert (np.diff(found.time[start:stop]) <= MAX_GAP).all()
+
+
 # ------------------------------------------------------------------- forms of the CSV file
 
 
@@ -214,6 +250,131 @@ def test_forms_of_one_file(tmp_path, name):
     assert plain.keys() == other.keys()
     for key in plain:
         assert plain[key].tobytes() == other[key].tobytes()
+
+
+EPOCH_MS = 1_424_696_633_908
+
+
+def file_with(file: Path, column: str, change, separator=",", ending="") -> Path:
+    """Write ten seconds of the times of 2015, one column of it changed."""
+    rows = [text.split(",") for text in steady(10, start_ms=EPOCH_MS, rate=90)]
+    place = COLUMNS.index(column)
+    for row in rows:
+        row[place] = change(row[place])
+    lines = [HEADER.replace(",", separator), *(separator.join(row) + ending for row in rows)]
+    file.write_text("\n".join(lines))
+    return file
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "separator"),
+    [
+        ("Arrival_Time", lambda ms: f"{int(ms) / 1000:.3f}", ","),  # seconds
+        ("Arrival_Time", lambda ms: f"{int(ms) / 1000:.3f}".rstrip("0").rstrip("."), ","),
+        ("Arrival_Time", lambda ms: f"{int(ms) / 1000:.3f}".replace(".", ","), ";"),
+        ("Arrival_Time", lambda ms: f'"{int(ms) / 1000:.3f}"'.replace(".", ","), ","),
+        ("Arrival_Time", lambda ms: f"{int(ms) / 1000:.12e}", ","),
+        ("Arrival_Time", lambda ms: f"{ms}123", ","),  # microseconds
+        ("Arrival_Time", lambda ms: f"{ms}123456", ","),  # nanoseconds
+        ("Arrival_Time", lambda ms: f"{ms}.0", ","),
+        ("Arrival_Time", lambda ms: f"{int(ms):.12E}", ","),  # all digits, by a spreadsheet
+        ("Arrival_Time", lambda ms: f"{int(ms):.12E}".replace(".", ","), ";"),
+        ("y", lambda y: y.replace(".", ","), ";"),
+        ("y", lambda y: y.replace(".", ","), "\t"),
+        ("y", lambda y: f'"{y}"'.replace(".", ","), ","),
+        ("z", lambda z: f'"{z}"'.replace(".", ","), ","),
+    ],
+)
+def test_times_and_numbers_in_forms_that_cannot_be_mistaken(tmp_path, column, change, separator):
+    plain = file_with(tmp_path / "plain.csv", column, str)
+    _, expected = read(plain)
+    report, found = read(file_with(tmp_path / "other.csv", column, change, separator))
+    assert report.bad_rows == 0
+    assert {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("column", "change", "problem"),
+    [
+        (
+            "Arrival_Time",
+            lambda ms: str(int(ms) // 1000),
+            "Arrival_Time: 889 of 900 rows have the time of the row before: it is in seconds",
+        ),
+        (
+            "Arrival_Time",
+            lambda ms: f"{int(ms) / 1000 - 1_424_696_600:.3f}",  # since the start
+            "Arrival_Time: 889 of 900 rows have the time of the row before: it is in seconds",
+        ),
+        (
+            "Arrival_Time",
+            lambda ms: f"{int(ms) / 1000:.1f}",
+            "Arrival_Time: 900 of 900 rows have a time that has lost its last digits",
+        ),
+        (
+            "Arrival_Time",
+            lambda ms: f"{int(ms) / 86_400_000 + 25_569:.5f}",  # a spreadsheet's days
+            "Arrival_Time: 899 of 900 rows have the time of the row before: it is in seconds or",
+        ),
+        ("Arrival_Time", lambda ms: f"{int(ms):.2E}", "digits, as in a spreadsheet ('1.42E+12')"),
+        ("Arrival_Time", lambda ms: f"{int(ms):.6e}", "Arrival_Time: 900 of 900 rows have a time"),
+        ("Arrival_Time", lambda ms: f"{int(ms):.10e}", "Arrival_Time: 900 of 900 rows have a"),
+        ("Arrival_Time", lambda ms: ms[:-3] + "000", "Arrival_Time: 900 of 900 rows have a time"),
+        (
+            "Arrival_Time",
+            lambda ms: "2015-02-23 14:03:01",
+            "Arrival_Time: 900 (a date: '2015-02-2314:03:01'; expected milliseconds since 1970)",
+        ),
+        ("Arrival_Time", lambda ms: "23.02.2015 14:03", "Arrival_Time: 900 (a date: '23.02.2015"),
+        ("Arrival_Time", lambda ms: "14:03:01", "Arrival_Time: 900 (a date: '14:03:01'"),
+        ("Arrival_Time", lambda ms: "", "Arrival_Time: 900 (empty)"),
+        ("Arrival_Time", lambda ms: "-" + ms, "Arrival_Time: 900 ('-1424696633908'; expected mil"),
+        ("Arrival_Time", lambda ms: "1.424.696.633.908", "('1.424.696.633.908'; expected millis"),
+        (
+            "y",
+            lambda y: y.replace(".", ","),
+            "number of cells: 900 (more than 10, as decimal commas make them: 'walk')",
+        ),
+        ("y", lambda y: "g", "y: 900 ('g'; expected a number)"),
+        ("User", lambda user: "", "User: 900 (empty)"),
+    ],
+)
+def test_the_column_that_is_wrong_is_named_with_its_count(tmp_path, column, change, problem):
+    with pytest.raises(DataError) as caught:
+        read(file_with(tmp_path / "x.csv", column, change))
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_wrong_column_is_counted(tmp_path):
+    rows = [line(1, 1, xyz=("?", 1, "q"))] * 3 + [line(2, "?", xyz=(1, 1, "r"))] * 2 + ["1,2"]
+    file = tmp_path / "x.csv"
+    file.write_text(table(steady(1), rows))
+    report = FileReport(file.name)
+    with pytest.raises(DataError, match=r"6 of 106 .* z: 6 \('q'; .* x: 4 \('\?'; .* y: 1 "):
+        list(read_sensor_file(file, report))
+    assert report.bad_columns == {
+        **{"Arrival_Time": 2, "x": 4, "y": 1, "z": 6},
+        **{"User": 1, "Model": 1, "Device": 1},
+    }
+
+
+def test_a_sensors_clock_that_cannot_be_read_is_done_without_and_said(tmp_path, caplog):
+    logging.getLogger("fedge_sim").propagate = True
+    plain, other = (
+        [text.split(",") for text in steady(5, start_ms=EPOCH_MS, rate=90)] for _ in range(2)
+    )
+    for row in other:
+        row[2] = f"{int(row[2]):.14E}"
+    own = ["\n".join([HEADER, *map(",".join, rows)]) for rows in (plain, other)]
+    known = load_dataset(hhar(write_set(tmp_path / "1", own[0], own[0])).data)
+    assert "Creation_Time" not in caplog.text
+    found = load_dataset(hhar(write_set(tmp_path / "2", own[1], own[1])).data)
+    assert "Creation_Time of 450 of 450 rows is no whole number of nanoseconds" in caplog.text
+    assert "1.42469663390800E+18" in caplog.text
+    assert found.content == known.content
 
 
 def test_blocks_join_without_a_seam(tmp_path, monkeypatch):
@@ -283,12 +444,98 @@ def test_one_percent_of_bad_rows_is_left_out_and_counted(tmp_path):
 
 def test_unknown_labels_are_left_out_counted_and_listed(tmp_path, caplog):
     logging.getLogger("fedge_sim").propagate = True
-    odd = [*steady(1, gt="swim", start_ms=2_000_000), *steady(0.5, gt="fly", start_ms=3_000_000)]
+    odd = [
+        *steady(0.03, gt="swim", start_ms=2_000_000),
+        *steady(0.02, gt="fly", start_ms=3_000_000),
+    ]
     folder = write_set(tmp_path, table(steady(5), odd), table(steady(5)))
     data = load_dataset(hhar(folder).data)
-    assert data.report["files"][0]["unknown_labels"] == {"swim": 100, "fly": 50}
-    assert "rows with unknown labels left out: 'swim' (100), 'fly' (50)" in caplog.text
+    assert data.report["files"][0]["unknown_labels"] == {"swim": 3, "fly": 2}
+    assert "rows with unknown labels left out: 'swim' (3), 'fly' (2)" in caplog.text
     assert len(data) == 4
+
+
+def test_more_than_one_percent_of_unknown_labels_is_refused_and_they_are_listed(tmp_path):
+    odd = [
+        *steady(0.04, gt="swim", start_ms=2_000_000),
+        *steady(0.02, gt="fly", start_ms=3_000_000),
+    ]
+    folder = write_set(tmp_path, table(steady(5), odd), table(steady(5)))
+    with pytest.raises(DataError) as caught:
+        load_dataset(hhar(folder).data)
+    said = "6 of 506 rows have unknown labels, expected at most 1%: 'swim' (4), 'fly' (2); rename"
+    assert said in str(caught.value)
+
+
+def test_unknown_labels_without_end_are_kept_in_bounds(tmp_path):
+    file = tmp_path / "x.csv"
+    file.write_text(table([line(i, 10 * i, gt=f"label {i}") for i in range(3000)], steady(1)))
+    report = FileReport(file.name)
+    with pytest.raises(DataError, match=r"3,000 of 3,100 rows have unknown .* more; rename"):
+        list(read_sensor_file(file, report))
+    assert len(report.unknown_labels) <= 1001
+    assert sum(report.unknown_labels.values()) == 3000
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda label: CLASSES[LABELS[label]],
+        lambda label: CLASSES[LABELS[label]].upper(),
+        str.capitalize,
+        lambda label: {"stairsup": "Stairs Up", "stairsdown": "stairs_down"}.get(label, label),
+        lambda label: {"stairsup": "stairs-up", "stairsdown": "Downstairs"}.get(label, label),
+        lambda label: {"stairsup": "WALKING_UPSTAIRS", "bike": "\tBiking "}.get(label, label),
+    ],
+)
+def test_labels_are_known_as_people_spell_them(tmp_path, spelling):
+    parts = {label: (3, 1_000_000 + 10_000 * code) for label, code in LABELS.items()}
+    plain = [steady(s, start_ms=at, gt=label) for label, (s, at) in parts.items()]
+    other = [steady(s, start_ms=at, gt=spelling(label)) for label, (s, at) in parts.items()]
+    null = steady(3, start_ms=2_000_000, gt="null")
+    expected = write_set(tmp_path / "1", table(*plain, null), table(*plain))
+    written = write_set(
+        tmp_path / "2",
+        *(table(*other, null).replace(",", ";"), table(*other).replace(",", ";")),
+    )
+    known = load_dataset(hhar(expected).data)
+    found = load_dataset(hhar(written).data)
+    assert found.content == known.content
+    assert np.bincount(found.y).tolist() == [2] * 6
+    assert found.report["files"][0]["null_labels"] == 300
+
+
+@pytest.mark.parametrize("no_value", ["null", "NULL", "", "nan", "None", "NA", "<NA>", "N/A"])
+def test_what_says_no_value_is_no_label(tmp_path, no_value):
+    file = tmp_path / "x.csv"
+    file.write_text(table(steady(1), steady(1, start_ms=2_000_000, gt=no_value)))
+    report, _ = read(file)
+    assert (report.null_labels, report.unknown_labels) == (100, {})
+
+
+def test_warnings_are_said_whenever_the_store_is_opened(tmp_path, caplog):
+    """Those of an older store, which has none in it, are not: it is opened all the same."""
+    logging.getLogger("fedge_sim").propagate = True
+    acc = table(steady(5), steady(1, user="c"), steady(0.03, gt="swim", start_ms=2_000_000))
+    folder = write_set(tmp_path / "set", acc, table(steady(5), steady(1, user="c")))
+    settings = hhar(folder, f"app.config.cache-dir={tmp_path / 'cache'}").data
+
+    def said():
+        caplog.clear()
+        load_dataset(settings)
+        return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+    first = said()
+    assert len(first) == 3
+    assert any("'swim' (3)" in line for line in first)
+    assert any("no client: c" in line for line in first)
+    assert said() == first
+    [manifest] = (tmp_path / "cache").glob("hhar-*/manifest.json")
+    without = json.loads(manifest.read_text())
+    del without["warnings"], without["seal"]
+    without["seal"] = hashlib.sha256(canonical(without)).hexdigest()
+    manifest.write_text(json.dumps(without))
+    assert said() == []
 
 
 @pytest.mark.parametrize("missing", ["Phones_accelerometer.csv", "Phones_gyroscope.csv"])
@@ -315,6 +562,119 @@ def test_the_folder_that_the_archive_unpacks_to_is_found(tmp_path):
     content = table(steady(5))
     write_set(tmp_path / "Activity recognition exp", content, content)
     assert len(load_dataset(hhar(tmp_path).data)) == 4
+
+
+def zipped(file: Path, members: dict[str, str | bytes]) -> Path:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file
+
+
+def members(seconds=5, folder="Activity recognition exp/", kinds=("Phones",)) -> dict[str, str]:
+    own = {f"{folder}{kind}_{sensor}.csv": sensor for kind in kinds for sensor in SENSORS}
+    return {name: table(steady(seconds)) for name in own}
+
+
+@pytest.mark.parametrize("below", ["any name", "any name/Activity recognition exp"])
+def test_a_folder_one_level_deeper_is_found(tmp_path, below):
+    write_set(tmp_path / below, table(steady(5)), table(steady(5)))
+    write_set(tmp_path / "Still exp", table(steady(9)), table(steady(9)))
+    write_set(tmp_path / ".hidden", table(steady(9)), table(steady(9)))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "Phones_gyroscope.csv").write_text("half of it")
+    assert len(load_dataset(hhar(tmp_path).data)) == 4
+
+
+def test_the_same_files_in_two_folders_are_refused(tmp_path):
+    for name in ("one", "two"):
+        write_set(tmp_path / name, table(steady(5)), table(steady(5)))
+    with pytest.raises(DataError, match=r"in several places, .*one, .*two; set data-root to one"):
+        load_dataset(hhar(tmp_path).data)
+
+
+def test_the_archive_itself_is_read(tmp_path):
+    """Its inner archive alone, and that in UCI's outer one, with what other programs put in."""
+    expected = load_dataset(hhar(write_set(tmp_path / "set", *members().values())).data)
+    junk = {
+        "__MACOSX/Activity recognition exp/._Phones_accelerometer.csv": b"\0\5\x16\7",
+        "Activity recognition exp/.Phones_gyroscope.csv": "hidden",
+        "../Phones_accelerometer.csv": table(steady(9)),
+        "/Phones_gyroscope.csv": table(steady(9)),
+        "Activity recognition exp/readme.txt": "not ours",
+        "Activity recognition exp/": "",
+    }
+    inner = zipped(tmp_path / "Activity recognition exp.zip", junk | members())
+    outer = zipped(
+        tmp_path / "heterogeneity+activity+recognition.zip",
+        {
+            "__MACOSX/._Activity recognition exp.zip": b"\0\5\x16\7",
+            inner.name: inner.read_bytes(),
+            "Still exp.zip": zipped(tmp_path / "s.zip", members(9, "Still exp/")).read_bytes(),
+        },
+    )
+    prefixed = zipped(tmp_path / "p.zip", members(folder="own_"))
+    (tmp_path / "holds it").mkdir()
+    shutil.copy(outer, tmp_path / "holds it")
+    before = sorted(tmp_path.rglob("*"))
+    for root in (inner, outer, prefixed, tmp_path / "holds it"):
+        found = load_dataset(hhar(root).data)
+        assert (found.content, len(found)) == (expected.content, 4)
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was unpacked beside them
+
+
+def test_the_store_of_an_archive_is_that_of_its_contents(tmp_path):
+    both = {**members(), **members(kinds=("Watch",))}
+    file = zipped(tmp_path / "x.zip", both)
+    assert len(load_dataset(hhar(file).data)) == 4
+    changed = file.stat()
+    with_watches = load_dataset(hhar(file, "app.config.use-watches=true").data)
+    assert [f["file"] for f in with_watches.report["files"]] == [
+        *("Phones_accelerometer.csv", "Watch_accelerometer.csv"),
+        *("Phones_gyroscope.csv", "Watch_gyroscope.csv"),
+    ]
+    # other contents of the same size, at the same time
+    other = {name: text.replace("9.8", "9.7") for name, text in both.items()}
+    zipped(file, other)
+    assert file.stat().st_size == changed.st_size
+    os.utime(file, ns=(changed.st_mtime_ns, changed.st_mtime_ns))
+    assert load_dataset(hhar(file).data).x[0, 1, 0] == np.float32(9.7)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_an_archive_that_is_damaged_or_another_is_refused(tmp_path, nested):
+    def wrapped(content: bytes) -> Path:
+        file = tmp_path / "x.zip"
+        if nested:
+            return zipped(file, {"Activity recognition exp.zip": content})
+        file.write_bytes(content)
+        return file
+
+    whole = zipped(tmp_path / "whole", members()).read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(b"Phones_accelerometer.csv") + 60] ^= 0xFF
+    for content in (b"no archive", whole[: len(whole) // 2], bytes(flipped)):
+        with pytest.raises(
+            DataError, match=r"x\.zip.*not a .zip archive that can be read"
+        ) as caught:
+            load_dataset(hhar(wrapped(content)).data)
+        assert "\n" not in str(caught.value)
+        assert "scratch" not in str(caught.value)
+    gone = {name: text for name, text in members().items() if "gyro" not in name}
+    missing = zipped(tmp_path / "missing", gone).read_bytes()
+    with pytest.raises(
+        DataError, match=r"needs the file Phones_gyroscope\.csv, which is not there"
+    ):
+        load_dataset(hhar(wrapped(missing)).data)
+    with pytest.raises(DataError, match=r"needs the file Watch_.*or set use-watches = false"):
+        load_dataset(hhar(wrapped(whole), "app.config.use-watches=true").data)
+
+
+def test_several_archives_are_refused_by_name(tmp_path):
+    for name in ("a.zip", "b.zip"):
+        zipped(tmp_path / name, members())
+    with pytest.raises(DataError, match=r"several archives, a\.zip, b\.zip; set"):
+        load_dataset(hhar(tmp_path).data)
 
 
 def test_a_sensor_that_is_absent_and_a_user_without_windows(tmp_path, caplog):
@@ -491,7 +851,7 @@ def cells(text: str) -> list[str]:
 
 def test_names_and_paths_may_look_like_anything(tmp_path):
     odd = tmp_path / "d \N{GRINNING FACE} \"'"
-    rows = table(steady(4, user="[/red]"), steady(1, gt="[/b]swim"))
+    rows = table(steady(4, user="[/red]"), steady(0.04, gt="[/b]swim"))
     write_set(odd, rows, table(steady(4, user="[/red]")))
     phones = ("--set", "app.config.use-watches=false")
     one_client = ("--set", "hierarchy.num_servers=1", "--set", "hierarchy.clients_per_server=[1]")
@@ -501,7 +861,7 @@ def test_names_and_paths_may_look_like_anything(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "[/red]" in done.stdout
-    assert "'[/b]swim' 100" in done.stdout
+    assert "'[/b]swim' 4" in done.stdout
     assert all(name in data_command("--help").stdout for name in DATASETS)
 
 

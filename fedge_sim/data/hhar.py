@@ -4,9 +4,8 @@ The four CSV files are read once, in blocks; rows go to one scratch file for eac
 and sensor, and then become windows device by device, so memory does not grow with the files.
 """
 
-import logging
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import count, groupby
 from pathlib import Path
@@ -15,8 +14,18 @@ from typing import Any
 import numpy as np
 
 from fedge_sim.config import AppConfig
+from fedge_sim.data import hhar_files
 from fedge_sim.data.base import Names
-from fedge_sim.data.hhar_csv import CLASSES, LABELS, FileReport, Key, read_sensor_file
+from fedge_sim.data.hhar_csv import (
+    CLASSES,
+    FileReport,
+    Key,
+    counted,
+    listed,
+    read_sensor_file,
+    size_of,
+)
+from fedge_sim.data.hhar_files import SENSORS, Csv, Found
 from fedge_sim.data.resampling import (
     ROW,
     Recording,
@@ -30,16 +39,12 @@ from fedge_sim.data.resampling import (
 from fedge_sim.data.store import Recipe, StoreWriter
 from fedge_sim.errors import ConfigError, DataError
 
-log = logging.getLogger(__name__)
-
-SENSORS = ("accelerometer", "gyroscope")
-FOLDER = "Activity recognition exp"  # what the archive unpacks to
-MOST_LISTED = 20  # names in a message; the manifest has them all
+READER = 2  # raise it when the same files come to be read in another way
 READING_SHARE = 0.8  # of the time that the whole takes
 
 
 def recipe(config: AppConfig) -> Recipe:
-    """Say how HHAR becomes a store; ``data-root`` is the folder of the CSV files.
+    """Say how HHAR becomes a store; ``data-root`` is the folder of the CSV files, or the archive.
 
     Raises
     ------
@@ -54,51 +59,36 @@ def recipe(config: AppConfig) -> Recipe:
             config.window_seconds,
             "a window must have at least 2 samples at this sample-rate-hz",
         )
-    files = {sensor: _files(config, sensor) for sensor in SENSORS}
+    source = hhar_files.find(config)
 
     def write(writer: StoreWriter) -> tuple[Names, Mapping[str, Any]]:
-        scattered, reports = _scatter(files, writer)
+        with source.opened(writer) as files:
+            scattered, reports = _scatter(files, writer)
         names, devices = _write_windows(scattered, writer, config.sample_rate_hz, length, stride)
         return names, {"files": [asdict(report) for report in reports], "devices": devices}
 
     return Recipe(
         dataset="hhar",
-        settings={"rate_hz": config.sample_rate_hz, "length": length, "stride": stride},
-        files=tuple(file for sensor in SENSORS for file in files[sensor]),
+        settings={
+            "rate_hz": config.sample_rate_hz,
+            "length": length,
+            "stride": stride,
+            "reader": READER,
+            "members": source.members,
+        },
+        files=source.files,
         write=write,
     )
-
-
-def _files(config: AppConfig, sensor: str) -> list[Path]:
-    """Find a sensor's files of phones, and watches if asked; copies may have a prefix."""
-    root = Path(config.data_root)
-    if (root / FOLDER).is_dir():
-        root = root / FOLDER
-    found = []
-    for kind in ("Phones", "Watch") if config.use_watches else ("Phones",):
-        name = f"{kind}_{sensor}.csv"
-        files = [root / name] if (root / name).is_file() else sorted(root.glob(f"*_{name}"))
-        if not files:
-            hint = ", or set use-watches = false" if kind == "Watch" else ""
-            raise DataError(
-                f'[app.config] data-root = "{config.data_root}": dataset "hhar" needs the file '
-                f"{name}, which is not there; set data-root to the unpacked folder (an absolute "
-                f"path under flwr run), get the files with scripts/download_hhar.py{hint}"
-            )
-        found += files
-    return found
 
 
 Scattered = Mapping[Key, Mapping[str, Path]]
 
 
-def _scatter(
-    files: Mapping[str, list[Path]], writer: StoreWriter
-) -> tuple[Scattered, list[FileReport]]:
+def _scatter(files: Found, writer: StoreWriter) -> tuple[Scattered, list[FileReport]]:
     """Read all files, and append the rows to one scratch file for each device and sensor."""
     scattered: defaultdict[Key, dict[str, Path]] = defaultdict(dict)
     jobs = [(sensor, file) for sensor in SENSORS for file in files[sensor]]
-    sizes = [file.stat().st_size for _, file in jobs]
+    sizes = [size_of(file) for _, file in jobs]
     reports, done, numbers = [], 0, count()
     for (sensor, file), size in zip(jobs, sizes, strict=True):
         report = FileReport(file.name)
@@ -109,35 +99,25 @@ def _scatter(
             writer.tell(file.name, READING_SHARE * (done + share * size) / sum(sizes))
         done += size
         reports.append(report)
-        _log_left_out(file, report)
-        if report.used == 0:
-            raise DataError(
-                f"{file}: none of its {report.rows:,} rows has a known label: "
-                f"{report.null_labels:,} have none, the others {_counted(report.unknown_labels)}; "
-                f"expected {', '.join(LABELS)} in the column gt"
-            )
+        _warn_of_left_out(file, report, writer)
     return scattered, reports
 
 
-def _counted(labels: Mapping[str, int]) -> str:
-    by_count = sorted(labels.items(), key=lambda pair: (-pair[1], pair[0]))
-    return _listed([f"{label!r} ({n})" for label, n in by_count]) or "nothing else"
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return ", ".join(names[:MOST_LISTED]) + more
-
-
-def _log_left_out(file: Path, report: FileReport) -> None:
+def _warn_of_left_out(file: Csv, report: FileReport, writer: StoreWriter) -> None:
     if report.bad_rows:
-        log.warning(
-            "%s: %d of %d rows have no time, reading, user, model or device; left out",
-            *(file, report.bad_rows, report.rows),
+        writer.warn(
+            f"{file}: {report.bad_rows:,} of {report.rows:,} rows have no time, reading, user, "
+            f"model or device; left out; {report.faults()}"
+        )
+    if report.no_creation:
+        writer.warn(
+            f"{file}: Creation_Time of {report.no_creation:,} of {report.rows:,} rows is no whole "
+            f"number of nanoseconds, such as {report.creation_cell!r}: Arrival_Time is used for "
+            "the devices in question"
         )
     if report.unknown_labels:
-        listed = _counted(report.unknown_labels)
-        log.warning("%s: rows with unknown labels left out: %s", file, listed)
+        listed = counted(report.unknown_labels)
+        writer.warn(f"{file}: rows with unknown labels left out: {listed}")
 
 
 def _write_windows(
@@ -177,7 +157,7 @@ def _write_windows(
                 position=offset[number] + position,
             )
         num_sessions += int(session.max()) + 1
-    _log_devices(entries)
+    _warn_of_devices(entries, writer)
     if num_sessions == 0:
         raise DataError(
             f"hhar: no window of {length} samples in {len(scattered)} devices: none has both "
@@ -208,7 +188,7 @@ def _streams(files: Mapping[str, Path], entry: dict[str, Any]) -> Iterator[tuple
         yield sensor, stream
 
 
-def _log_devices(devices: list[dict[str, Any]]) -> None:
+def _warn_of_devices(devices: list[dict[str, Any]], writer: StoreWriter) -> None:
     """Say what was left out, one line for each reason; the store's manifest has it by device."""
     without: defaultdict[str, list[str]] = defaultdict(list)
     for entry in devices:
@@ -216,16 +196,15 @@ def _log_devices(devices: list[dict[str, Any]]) -> None:
             problem = entry.get("problem", "never both sensors for as long as a window")
             without[problem].append(f"{entry['user']}/{entry['device']}")
     for problem, names in without.items():
-        log.warning("user/device left out, %s: %s", problem, _listed(names))
+        writer.warn(f"user/device left out, {problem}: {listed(names)}")
     double = sum(entry[s]["recorded_twice"] for entry in devices for s in SENSORS if s in entry)
     if double:
-        log.warning(
-            "%d rows left out, at times that were recorded already: a clock was set back, or "
-            "files hold a recording twice",
-            double,
+        writer.warn(
+            f"{double} rows left out, at times that were recorded already: a clock was set back, "
+            "or files hold a recording twice"
         )
     users: defaultdict[str, int] = defaultdict(int)
     for entry in devices:
         users[entry["user"]] += entry["windows"]
     if none := [user for user, windows_of in users.items() if windows_of == 0]:
-        log.warning("users without any window, so in no client: %s", _listed(none))
+        writer.warn(f"users without any window, so in no client: {listed(none)}")

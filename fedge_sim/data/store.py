@@ -152,17 +152,21 @@ def _open(folder: Path) -> Dataset:
             # The base class: the map's own adds microseconds to every indexing.
             arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         names = Names(**{key: tuple(value) for key, value in manifest["names"].items()})
-        return Dataset(
+        dataset = Dataset(
             x=arrays.pop("X"),
             **arrays,
             names=names,
             content=manifest["content"],
             report=manifest["report"],
         )
+        warnings = [str(line) for line in manifest.get("warnings", ())]  # older stores have none
     except FileNotFoundError as error:
         raise StoreDamagedError(f"{Path(error.filename).name} is missing") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreDamagedError(f"{MANIFEST} and arrays do not fit: {error}") from None
+    for line in warnings:
+        log.warning("%s", line)
+    return dataset
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -204,6 +208,7 @@ def _build(recipe: Recipe, folder: Path, tell: Tell) -> None:
             "files": [{"name": file.name, "bytes": file.stat().st_size} for file in recipe.files],
             "names": asdict(names),
             "report": report,
+            "warnings": writer.warnings,
             "examples": writer.num_examples,
             "arrays": arrays,
             "content": hashlib.sha256(
@@ -232,11 +237,14 @@ class StoreWriter:
         To be told of the progress.
     num_examples : int
         Examples added so far.
+    warnings : list of str
+        What a user of the dataset has to know: logged whenever the store is opened.
     """
 
     def __init__(self, source: str, folder: Path, tell: Tell) -> None:
         self.tell = tell
         self.num_examples = 0
+        self.warnings: list[str] = []
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self._source = source
@@ -245,9 +253,16 @@ class StoreWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:  # there will be no store to say them
+            for line in self.warnings:
+                log.warning("%s", line)
         for file in self._files.values():
             file.release()
+
+    def warn(self, line: str) -> None:
+        """Keep a line in the store, to be logged whenever it is opened."""
+        self.warnings.append(line)
 
     def add(self, x: ArrayLike, y: ArrayLike, **codes: ArrayLike) -> None:
         """Append examples.
