@@ -14,16 +14,35 @@ DATA ?= data/hhar
 # Each worker takes whole files, which share runs and data.
 SIDE_BY_SIDE := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
+# Of the hundreds of lines that pip writes: how many packages it has looked at, and what is last. On a
+# terminal that is one line; elsewhere every tenth. What goes wrong is on standard error, in full.
+define PROGRESS
+{ \
+	n=0; failed=0; \
+	show() { if [ -t 1 ]; then printf '\r\033[K%s' "$$1"; else printf '%s\n' "$$1"; fi; }; \
+	while read -r what name _; do \
+		case "$$what $$name" in \
+			"pip failed") failed=1 ;; \
+			"Collecting "* | "Processing "*) n=$$((n + 1)); \
+				if [ -t 1 ] || [ $$((n % 10)) = 0 ]; then show "$$n packages found: $${name##*/}"; fi ;; \
+			"Installing collected") show "$$n packages found; installing them" ;; \
+			"Successfully installed") show "$$n packages installed"; [ ! -t 1 ] || echo ;; \
+		esac; \
+	done; \
+	exit $$failed; \
+}
+endef
+
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 run: $(READY)  ## run the main job on the embedded dataset
 	$(BIN)/python -m fedge_sim.orchestrator $(ARGS)
 
-run-hhar: $(READY)  ## the same on HHAR: make run-hhar DATA=folder (phones only if it has no watches)
+run-hhar: $(READY)  ## the same on HHAR: make run-hhar DATA=folder or .zip (phones only if it has no watches)
 	$(BIN)/python -m fedge_sim.orchestrator --set app.config.dataset=hhar \
 		--set 'app.config.data-root="$(DATA)"' --set app.config.standardise=client \
-		$$(find "$(DATA)" -maxdepth 2 -name '*Watch_*.csv' 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
+		$$(find "$(DATA)" -maxdepth 3 \( -name '*Watch_*.csv' -o -name '*.zip' \) 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
 
 test: lint  ## lint, type-check and run all tests, side by side
 	$(SIDE_BY_SIDE) $(ARGS)
@@ -63,5 +82,6 @@ help:  ## show this list
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv --clear .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	@echo "installing about $$(grep -c == constraints.txt) packages into .venv: minutes, and 2.3 GB"
+	@{ $(BIN)/pip install --progress-bar off --editable '.[dev]' || echo "pip failed"; } | $(PROGRESS)
 	touch $(READY)
