@@ -87,6 +87,7 @@ def describe_data(message: Message, context: Context) -> Message:
             content=data.dataset.content,
             groups=tuple(data.groups[client] for client in clients) if data.groups else (),
             num_held_out=len(data.held_out),
+            sides_given=data.sides_given,
         )
     )
     return records.reply(message, config=answer)

@@ -211,7 +211,7 @@ def deal(base: Settings, plan: Sequence[Planned]) -> None:
         except ConfigError as error:
             raise ConfigError(f"method {variant.label}: {error}") from None
         rows = {
-            str(leaf): {str(client): data.clients[client].rows.tolist() for client in clients}
+            str(leaf): {str(c): data.clients[c].listed(data.sides_given) for c in clients}
             for leaf, clients in enumerate(settings.hierarchy.leaf_clients)
         }
         file = Path(settings.data.partition_file)

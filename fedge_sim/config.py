@@ -73,7 +73,9 @@ class AppConfig(Table):
     cache_dir: OptionalPath = ""
     partition: str = "user"
     partition_alpha: Annotated[float, Field(gt=0, le=1e6)] = 0.5
+    partition_balanced: bool = False
     partition_classes: Count = 2
+    partition_shards: Count = 2
     partition_file: OptionalPath = ""
     split: Literal["random", "blocked"] = "random"
     standardise: Literal["global", "client", "none"] = "global"

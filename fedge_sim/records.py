@@ -192,6 +192,7 @@ def describe(data: DataSummary) -> ConfigRecord:
             "content": data.content,
             "groups": list(data.groups),
             "held-out": data.num_held_out,
+            "sides-given": data.sides_given,
         }
     )
 
@@ -211,6 +212,7 @@ def description(config: Mapping[str, Any]) -> DataSummary:
         content=config["content"],
         groups=tuple(config["groups"]),
         num_held_out=config["held-out"],
+        sides_given=config["sides-given"],
     )
 
 

@@ -825,12 +825,12 @@ def test_prepare_and_describe(shared, tmp_path):
 
     done = data_command(
         *("describe", "hhar", "--data-root", root, *phones),
-        *("--set", "app.config.partition=shards", "--set", "app.config.partition-classes=1"),
+        *("--set", "app.config.partition=classes", "--set", "app.config.partition-classes=1"),
         env=env,
     )
     assert done.returncode == 0, done.stderr
     assert "2,973 examples" in done.stdout
-    clients = [line.split() for line in cells(done.stdout.split("partition shards")[1])]
+    clients = [line.split() for line in cells(done.stdout.split("partition classes")[1])]
     clients = [row for row in clients if row[0].isdigit()]
     assert len(clients) == 9
     for row in clients:  # leaf, client, training, test, distance, one class

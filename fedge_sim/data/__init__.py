@@ -23,7 +23,7 @@ from fedge_sim.data.base import (
 )
 from fedge_sim.data.drawn import DrawnClients, are_drawn, drawn_from
 from fedge_sim.data.groups import client_groups, combined, swapped_clients, swapped_labels
-from fedge_sim.data.partition import MIN_EXAMPLES, partition
+from fedge_sim.data.partition import MIN_TRAIN, partition
 from fedge_sim.data.split import split
 from fedge_sim.data.store import Recipe, Tell, cache_folder, open_dataset, tell_nobody
 from fedge_sim.errors import ConfigError, suggest
@@ -58,6 +58,8 @@ class FederatedData:
         As in :class:`DataSummary`.
     whole : ClientData, optional
         Where devices draw their examples: from which (``train``), and what is held out (``test``).
+    sides_given : bool
+        As in :class:`DataSummary`.
     """
 
     dataset: Dataset
@@ -66,6 +68,7 @@ class FederatedData:
     labels: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     groups: tuple[int, ...] = ()
     whole: ClientData | None = None
+    sides_given: bool = False
 
     @property
     def example_shape(self) -> tuple[int, ...]:
@@ -197,9 +200,10 @@ def federate(settings: Settings) -> FederatedData:
     dataset = load_dataset(config)
     if are_drawn(settings):
         return _of_devices(settings, dataset)
-    clients = split(dataset, partition(dataset, settings), config.split, settings.seed)
+    dealt = partition(dataset, settings)
+    clients = split(dataset, dealt, config.split, settings.seed)
     for client, own in enumerate(clients):
-        if len(own.train) < MIN_EXAMPLES - 1:
+        if len(own.train) < MIN_TRAIN:
             raise ConfigError.at(
                 "app.config",
                 "split",
@@ -221,7 +225,9 @@ def federate(settings: Settings) -> FederatedData:
         labels = dict.fromkeys(swapped, swapped_labels(dataset.y, num_classes, settings.seed))
         is_swapped = [int(client in swapped) for client in range(len(clients))]
         groups = combined(groups or (0,) * len(clients), is_swapped)
-    return FederatedData(dataset, clients, _scales(config, dataset, clients), labels, groups)
+    scales = _scales(config, dataset, clients)
+    given = isinstance(dealt[0], ClientData)
+    return FederatedData(dataset, clients, scales, labels, groups, sides_given=given)
 
 
 def _of_devices(settings: Settings, dataset: Dataset) -> FederatedData:

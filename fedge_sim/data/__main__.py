@@ -17,7 +17,8 @@ from rich.table import Table
 
 from fedge_sim.config import Settings, environment_seed, load_settings
 from fedge_sim.data import DATASETS, FederatedData, federate, load_dataset
-from fedge_sim.data.base import Dataset
+from fedge_sim.data.base import Dataset, form_of
+from fedge_sim.data.partition import in_order
 from fedge_sim.errors import FedgeError
 
 MOST_ROWS = 60  # of a table; the totals are of all
@@ -170,16 +171,17 @@ def _reading(file: Mapping[str, Any]) -> str:
 def _user_table(dataset: Dataset, name: str) -> Table:
     classes, users = dataset.names.classes, dataset.names.users
     table = Table(
-        title=f"{name}: {len(dataset):,} examples {dataset.example_shape}, by user and class"
+        title=f"{name}: {len(dataset):,} examples of {form_of(dataset.example_shape)}, by user and class"
     )
     for header in ("user", *classes, "all"):
         table.add_column(header, justify="right")
     codes = dataset.user.astype(np.int64) * len(classes) + dataset.y
     if users:
         counts = np.bincount(codes, minlength=len(users) * len(classes))
-        by_user = counts.reshape(-1, len(classes))[:MOST_ROWS]
-        for user, row in zip(users, by_user, strict=False):
-            table.add_row(user, *(f"{n:,}" for n in (*row, row.sum())))
+        by_user = counts.reshape(-1, len(classes))
+        for place in in_order(users)[:MOST_ROWS]:
+            row = by_user[place]
+            table.add_row(users[place], *(f"{n:,}" for n in (*row, row.sum())))
     if len(users) > MOST_ROWS:
         table.add_row(f"{len(users) - MOST_ROWS} more")
     total = np.bincount(dataset.y, minlength=len(classes))
@@ -195,8 +197,9 @@ def _client_table(
     distance: NDArray[np.float64],
 ) -> Table:
     config = settings.data
+    split = "as in the partition file" if data.sides_given else config.split
     table = Table(
-        title=f"partition {config.partition}, split {config.split}, seed {settings.seed}: clients"
+        title=f"partition {config.partition}, split {split}, seed {settings.seed}: clients"
     )
     group = ["group"] if data.groups else []
     for header in ("leaf", "client", *group, "training", "test", "distance", *data.classes):

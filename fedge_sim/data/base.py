@@ -44,7 +44,7 @@ class Names:
     ----------
     classes : tuple of str
     users : tuple of str
-        Sorted as text; empty where a dataset knows none, as the next two.
+        Sorted as text (partitions take whole numbers in their order); empty where a dataset knows none, as the next two.
     models, devices : tuple of str
     groups : tuple of int
         Of a made-up dataset, the group that each user was planted in, from 0.
@@ -81,6 +81,8 @@ class Dataset:
         SHA-256 of the arrays: the same content has the same value on every machine.
     report : mapping
         What was read and what was left out when the store was made.
+    recorded : bool
+        Whether the source said recording and position; if not, each example is a recording.
     """
 
     x: NDArray[np.float32]
@@ -93,6 +95,7 @@ class Dataset:
     names: Names
     content: str
     report: Mapping[str, Any] = field(default_factory=dict)
+    recorded: bool = True
 
     def __len__(self) -> int:
         return len(self.y)
@@ -157,6 +160,17 @@ class Standardisation:
         x -= _along_channels(self.mean, x.ndim)
         x /= _along_channels(self.std, x.ndim)
         return x
+
+
+def form_of(example_shape: Sequence[int]) -> str:
+    """Say what an example is, in words: ``6 channels x 100 samples``."""
+    words = {1: ("feature",), 2: ("channel", "sample")}.get(len(example_shape), ("channel",))
+    parts = [
+        f"{n} {word}{'s' if n != 1 else ''}" for n, word in zip(example_shape, words, strict=False)
+    ]
+    if len(example_shape) > 2:
+        parts.append(f"{' x '.join(map(str, example_shape[1:]))} pixels")
+    return " x ".join(parts)
 
 
 def _along_channels(values: NDArray[Any], ndim: int) -> NDArray[Any]:
@@ -305,6 +319,12 @@ class ClientData:
         """All rows that were dealt out to the client, in ascending order."""
         return np.sort(np.concatenate([self.train, self.test, self.left_out]))
 
+    def listed(self, sides_given: bool) -> list[int] | dict[str, list[int]]:
+        """Return the rows as ``partition-file`` takes them, in two lists if it gave them so."""
+        if not sides_given:
+            return self.rows.tolist()  # type: ignore[no-any-return]
+        return {"train": self.train.tolist(), "test": self.test.tolist()}
+
 
 @dataclass(frozen=True)
 class DataSummary:
@@ -326,6 +346,8 @@ class DataSummary:
         none are planted.
     num_held_out : int
         Where devices draw their examples, how many none draws; else 0.
+    sides_given : bool
+        Whether ``partition-file`` says what is held out; else ``split`` does.
     """
 
     clients: tuple[ClientData, ...]
@@ -335,6 +357,12 @@ class DataSummary:
     content: str
     groups: tuple[int, ...] = ()
     num_held_out: int = 0
+    sides_given: bool = False
+
+    @property
+    def form(self) -> str:
+        """What an example is, in words: ``6 channels x 100 samples``."""
+        return form_of(self.example_shape)
 
     @cached_property
     def num_train(self) -> tuple[int, ...]:

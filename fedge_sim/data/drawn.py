@@ -50,9 +50,11 @@ def drawn_from(dataset: Dataset, settings: Settings) -> ClientData:
 class DrawnClients(Sequence[ClientData]):
     """The rows of device 0, 1, ..., all to train on, drawn when they are asked for.
 
-    With ``partition = "dirichlet"`` a device's mix of classes is drawn from
-    Dirichlet(partition_alpha) over the classes that occur (Hsu et al. 2019), and its examples
-    from that mix; with ``"iid"`` they are any of the pool. No device has an example twice.
+    With ``partition = "dirichlet"`` a device's mix of classes is drawn from the symmetric
+    Dirichlet(partition_alpha) over the classes that occur, as in FedRevive (Askin et al. 2025), and
+    its examples from that mix; with ``"iid"`` they are any of the pool. No device has an example
+    twice. Hsu et al. 2019 draw from Dir(alpha p), with p the shares of the classes: their alpha is
+    this one times the number of classes where all are alike.
 
     Parameters
     ----------

@@ -6,20 +6,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedge_sim.data.base import ClientData, Dataset
+from fedge_sim.errors import ConfigError
 from fedge_sim.randomness import stream
 
 TEST_SHARE = 0.2
 Rows = NDArray[np.int64]
 
 
-def split(dataset: Dataset, rows: Sequence[Rows], kind: str, seed: int) -> tuple[ClientData, ...]:
+def split(
+    dataset: Dataset, dealt: Sequence[Rows | ClientData], kind: str, seed: int
+) -> tuple[ClientData, ...]:
     """Hold out a fifth of every client's examples, at least one.
 
     Parameters
     ----------
     dataset : Dataset
-    rows : sequence of int64 array (n,)
-        The examples of client 0, 1, ...
+    dealt : sequence of int64 array (n,), or of ClientData
+        The examples of client 0, 1, ...; ClientData, of which it is known what is held out,
+        stay as they are.
     kind : str
         ``"random"``: any of them. Windows that overlap can come to stand on both sides: a model
         is then tested on samples that it has seen. ``"blocked"``: one contiguous block of each
@@ -27,9 +31,21 @@ def split(dataset: Dataset, rows: Sequence[Rows], kind: str, seed: int) -> tuple
         of training, as all clients train one model.
     seed : int
         Each client's draw is named by it and the client.
+
+    Raises
+    ------
+    ConfigError
+        If it is ``"blocked"``, and the dataset does not say which windows overlap.
     """
+    if known := tuple(own for own in dealt if isinstance(own, ClientData)):
+        return known
+    rows = [own for own in dealt if not isinstance(own, ClientData)]
     if kind == "random":
         return tuple(random_split(own, seed, client) for client, own in enumerate(rows))
+    if not dataset.recorded:
+        problem = "the dataset does not say which windows overlap: give the arrays recording and "
+        problem += 'position of each (see README, Your own data), or set split = "random"'
+        raise ConfigError.at("app.config", "split", kind, problem)
     held_out = [blocks(dataset, own, seed, client) for client, own in enumerate(rows)]
     leaks = overlapping(dataset, np.concatenate(held_out))
     parts = []

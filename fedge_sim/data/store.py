@@ -152,12 +152,16 @@ def _open(folder: Path) -> Dataset:
             # The base class: the map's own adds microseconds to every indexing.
             arrays[name] = np.load(file, mmap_mode="r", allow_pickle=False).view(np.ndarray)
         names = Names(**{key: tuple(value) for key, value in manifest["names"].items()})
+        recorded = manifest.get("recorded")
+        if recorded is None:  # made before that was written down
+            recorded = len(np.unique(arrays["recording"])) < len(arrays["recording"])
         dataset = Dataset(
             x=arrays.pop("X"),
             **arrays,
             names=names,
             content=manifest["content"],
             report=manifest["report"],
+            recorded=recorded,
         )
         warnings = [str(line) for line in manifest.get("warnings", ())]  # older stores have none
     except FileNotFoundError as error:
@@ -210,6 +214,7 @@ def _build(recipe: Recipe, folder: Path, tell: Tell) -> None:
             "report": report,
             "warnings": writer.warnings,
             "examples": writer.num_examples,
+            "recorded": writer.recorded,
             "arrays": arrays,
             "content": hashlib.sha256(
                 canonical([[name, a["sha256"]] for name, a in arrays.items()])
@@ -239,12 +244,15 @@ class StoreWriter:
         Examples added so far.
     warnings : list of str
         What a user of the dataset has to know: logged whenever the store is opened.
+    recorded : bool
+        Whether all came with recording and position.
     """
 
     def __init__(self, source: str, folder: Path, tell: Tell) -> None:
         self.tell = tell
         self.num_examples = 0
         self.warnings: list[str] = []
+        self.recorded = True
         self.scratch = folder / "scratch"
         self.scratch.mkdir()
         self._source = source
@@ -297,6 +305,7 @@ class StoreWriter:
             x = x.astype(np.float32, copy=False)
         if not np.isfinite(x).all():
             raise DataError(f"{self._source}: an example holds NaN or infinity")
+        self.recorded &= {"recording", "position"} <= codes.keys()
         for name, values in {"X": x, "y": y, **columns}.items():
             self._files[name].append(values)
         self.num_examples += n

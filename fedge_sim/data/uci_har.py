@@ -110,7 +110,7 @@ def _read_text(file: Path, columns: int) -> NDArray[np.float64]:
 
 
 def _people(subject: NDArray[Any]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Order people by name, as text, as those of HHAR are: 1, 11, ..., 3, 30, 5."""
+    """Number people by name, as text, as stores do; a partition takes them in numerical order."""
     users, user = np.unique(subject.astype(str), return_inverse=True)
     return tuple(users.tolist()), user.astype(np.int64)
 

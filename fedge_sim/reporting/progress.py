@@ -65,15 +65,16 @@ class ConsoleReporter(Callback):
         """Say what runs, and start the bar."""
         settings, h = info.settings, info.settings.hierarchy
         log.info(
-            "%s on %s, seed %d: %d leaf servers, %d clients, %d training examples (partition %s, "
-            "split %s, standardise %s), %d parameters",
+            "%s on %s, seed %d: %d leaf servers, %d clients, %d training examples of %s (partition "
+            "%s, split %s, standardise %s), %d parameters",
             *(settings.data.model, settings.data.dataset, settings.seed),
-            *(h.num_servers, h.num_clients, sum(info.data.num_train)),
-            *(settings.data.partition, settings.data.split, settings.data.standardise),
+            *(h.num_servers, h.num_clients, sum(info.data.num_train), info.data.form),
+            *(settings.data.partition, _split(info), settings.data.standardise),
             info.num_parameters,
         )
         log.info("results: %s", info.folder)
         self._settings, self._folder = settings, info.folder
+        self._what = f"accuracy on test examples of {info.data.form}, split {_split(info)}"
         self._started, self._done_before = time.perf_counter(), len(info.accuracies)
         self._in_a_round = h.server_rounds_per_global * h.num_training
         self._task = self._progress.add_task(
@@ -125,10 +126,7 @@ class ConsoleReporter(Callback):
     def on_run_end(self, last: RoundRecord) -> None:
         """Print a table by leaf and cluster, the totals, and where the results are."""
         self.close()
-        table = Table(
-            title=f"after global round {last.global_round} (accuracy on test examples, "
-            f"{self._settings.data.split} split)"
-        )
+        table = Table(title=f"after global round {last.global_round} ({self._what})")
         for name in ("leaf server", "cluster", "clients", "training examples", "leaf", "cloud"):
             table.add_column(name, justify="right")
         for leaf in last.leaves:
@@ -174,6 +172,10 @@ class ConsoleReporter(Callback):
         self._progress.stop()
 
 
+def _split(info: RunInfo) -> str:
+    return "as in the partition file" if info.data.sides_given else info.settings.data.split
+
+
 def _simulated(record: RoundRecord) -> str:
     """Return the time on the virtual clock and who was lost in the round, if there is one."""
     if math.isnan(record.simulated_seconds):
@@ -217,18 +219,18 @@ class VersionReporter(Callback):
         at_leaves = settings.asynchronous.server == "leaf"
         log.info(
             "%s on %s, seed %d: %d devices under %d leaf servers, versions made by %s "
-            "(rule %s, up to %d devices at work), partition %s, %d parameters",
+            "(rule %s, up to %d devices at work), examples of %s, partition %s, %d parameters",
             *(settings.data.model, settings.data.dataset, settings.seed),
             *(h.num_clients, h.num_servers, "each of them" if at_leaves else "the cloud"),
             *(settings.asynchronous.rule, settings.clients_at_a_time),
-            *(settings.data.partition, info.num_parameters),
+            *(info.data.form, settings.data.partition, info.num_parameters),
         )
         log.info("results: %s", info.folder)
         versions, own = settings.devices.max_model_version, settings.fedrevive
         begins = max(own.freeze_versions, own.warmup_versions)
         if settings.asynchronous.rule == "fedrevive" and versions <= begins:
             log.warning("nothing is distilled before version %d of %d", begins + 1, versions)
-        self._folder = info.folder
+        self._folder, self._form = info.folder, info.data.form
         self._last: HeldOut | None = None
         servers = h.num_servers if at_leaves else 1
         self._task = self._progress.add_task(
@@ -271,6 +273,7 @@ class VersionReporter(Callback):
         lost = [f"{jobs[fate]} {fate}" for fate in LOSSES if fate in jobs]
         at_work = f"{totals['mean_concurrency']:.1f} on average, of {totals['places']:,} places"
         rows = {
+            "examples": self._form,
             "versions": f"{totals['versions']:,}",
             "updates": f"{totals['updates']:,}, of {totals['devices_used']:,} devices",
             "simulated time": f"{simulated:,.1f} s",

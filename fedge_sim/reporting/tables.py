@@ -145,13 +145,15 @@ def write_run(info: RunInfo) -> None:
         write_json(info.folder / "partition.json", partition_of(info), indent=None)
 
 
-def partition_of(info: RunInfo) -> dict[str, dict[str, list[int]]]:
+def partition_of(info: RunInfo) -> dict[str, dict[str, Any]]:
     """Return the rows of the dataset by server and client, as ``partition-file`` takes them.
 
-    All that were dealt out: the split follows from them, the seed and ``split``.
+    All that were dealt out: the split follows from them, the seed and ``split``; or what is
+    trained on and what is held out, where a file said that.
     """
+    given, data = info.data.sides_given, info.data.clients
     return {
-        str(leaf): {str(client): info.data.clients[client].rows.tolist() for client in clients}
+        str(leaf): {str(client): data[client].listed(given) for client in clients}
         for leaf, clients in enumerate(info.settings.hierarchy.leaf_clients)
     }
 

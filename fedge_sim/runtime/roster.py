@@ -205,6 +205,7 @@ def survey(grid: Grid, roster: Roster, settings: Settings) -> DataSummary:
         content=" ".join(dict.fromkeys(part.content for part in parts.values())),
         groups=groups if len(groups) == len(by_client) else (),  # or some node plants none
         num_held_out=num_held_out,
+        sides_given=parts[min(parts)].sides_given,
     )
 
 
