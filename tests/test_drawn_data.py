@@ -151,6 +151,8 @@ def test_a_subset_that_is_more_than_there_is(small):
     assert len(federate(small(*DEVICES, "devices.subset_size=1438")).clients[0].train) == 1438
     with pytest.raises(ConfigError, match=r"\[devices\] subset_size = 1439: .* at most 1438"):
         federate(small(*DEVICES, "devices.subset_size=1439"))
+    with pytest.raises(ConfigError, match="partition-balanced = true: devices that draw"):
+        federate(small(*DEVICES, "app.config.partition-balanced=true"))
 
 
 @pytest.mark.parametrize(("split", "leaks"), [("blocked", False), ("random", True)])

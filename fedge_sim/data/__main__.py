@@ -170,9 +170,8 @@ def _reading(file: Mapping[str, Any]) -> str:
 
 def _user_table(dataset: Dataset, name: str) -> Table:
     classes, users = dataset.names.classes, dataset.names.users
-    table = Table(
-        title=f"{name}: {len(dataset):,} examples of {form_of(dataset.example_shape)}, by user and class"
-    )
+    form = form_of(dataset.example_shape)
+    table = Table(title=f"{name}: {len(dataset):,} examples of {form}, by user and class")
     for header in ("user", *classes, "all"):
         table.add_column(header, justify="right")
     codes = dataset.user.astype(np.int64) * len(classes) + dataset.y

@@ -44,7 +44,8 @@ class Names:
     ----------
     classes : tuple of str
     users : tuple of str
-        Sorted as text (partitions take whole numbers in their order); empty where a dataset knows none, as the next two.
+        Sorted as text (partitions take whole numbers in their order); empty where a dataset
+        knows none, as the next two.
     models, devices : tuple of str
     groups : tuple of int
         Of a made-up dataset, the group that each user was planted in, from 0.

@@ -33,8 +33,11 @@ def drawn_from(dataset: Dataset, settings: Settings) -> ClientData:
     Raises
     ------
     ConfigError
-        If the rest is smaller than ``devices.subset_size``.
+        If the rest is smaller than ``devices.subset_size``, or sizes are to be balanced.
     """
+    if settings.data.partition_balanced:
+        problem = "devices that draw their examples have as many each: must be false"
+        raise ConfigError.at("app.config", "partition-balanced", True, problem)
     everything = np.arange(len(dataset))
     [whole] = split(dataset, [everything], settings.data.split, settings.seed)
     wanted, there = settings.devices.subset_size, len(whole.train)

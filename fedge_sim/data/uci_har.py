@@ -110,7 +110,7 @@ def _read_text(file: Path, columns: int) -> NDArray[np.float64]:
 
 
 def _people(subject: NDArray[Any]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
-    """Number people by name, as text, as stores do; a partition takes them in numerical order."""
+    """Give people codes by name, as text: 1, 11, ..., 3, 30, 5. Partitions sort them as numbers."""
     users, user = np.unique(subject.astype(str), return_inverse=True)
     return tuple(users.tolist()), user.astype(np.int64)
 
