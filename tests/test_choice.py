@@ -104,23 +104,27 @@ def test_what_was_measured_holds_for_later_runs(tmp_path, monkeypatch):
     assert first.single > 0
     assert set(first.cohorts) == {8}
     assert not first.problem
-    [file] = (tmp_path / "new").glob("*.json")
-    file.write_text(json.dumps({"single": 1.5, "cohorts": {"8": 0.5}, "problem": ""}))
+    [file] = (tmp_path / "new").glob("*.sealed")
+    file.unlink()
+    choice._write(file, Measured(1.5, {8: 0.5}))
     assert measured_in(tmp_path / "new") == Measured(1.5, {8: 0.5})
     assert measured_in(tmp_path / "new", most=4) != Measured(1.5, {8: 0.5})  # another question
-    for damage in ("", "[]", '{"single": 1}', '{"single": "x", "cohorts": {}, "problem": ""}'):
-        file.write_text(damage)
+    other = json.dumps({"single": 1, "cohorts": {"8": 0.25}, "problem": ""}).encode()
+    whole = file.read_bytes()
+    for damage in (b"", b"[]", other, whole.replace(b"1.5", b"1.4"), whole[:-9], bytes(len(whole))):
+        assert damage != whole
+        file.write_bytes(damage)
         again = measured_in(tmp_path / "new")
-        assert again.single not in (1, 1.5)
-        assert json.loads(file.read_text())["single"] == again.single
+        assert again.single not in (1, 1.4, 1.5)
+        assert choice._read(file) == again
 
 
 def test_the_process_that_was_first_is_right(tmp_path):
-    file = tmp_path / "speed.json"
+    file = tmp_path / "speed.sealed"
     for value in (1.0, 2.0):
         choice._write(file, Measured(value, {}))
     assert choice._read(file) == Measured(1.0, {})
-    assert {f.name for f in tmp_path.iterdir()} == {"speed.json", "speed.lock"}
+    assert {f.name for f in tmp_path.iterdir()} == {"speed.sealed", "speed.lock"}
 
 
 class MixesRows(nn.Module):

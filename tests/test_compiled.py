@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -116,7 +117,7 @@ def test_a_step_is_made_once_for_all_processes(made, no_compiler):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]  # which would take seconds to import
     assert file.stat().st_mtime_ns == before
-    assert [f.suffix for f in sorted(made.iterdir())] == [".lock", ".pt2"]
+    assert [f.suffix for f in sorted(made.iterdir())] == [".lock", ".pt2", ".sealed"]
 
 
 def test_the_name_holds_all_that_a_step_depends_on(tmp_path, monkeypatch):
@@ -184,6 +185,39 @@ def test_a_damaged_file_is_made_anew(made, tmp_path, damage, monkeypatch):
     monkeypatch.setattr(compiled, "_compile_apart", again)
     compiled_step(flat_of(Tiny()), SPEC, tmp_path)
     assert file.read_bytes() == good.read_bytes()
+
+
+def test_a_damaged_library_is_not_even_loaded(made, tmp_path, monkeypatch, caplog):
+    """It would run in this process, with whatever its bytes came to be."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    [file] = tmp_path.glob("*.pt2")
+    whole, loaded, compiled_anew = file.read_bytes(), [], []
+    load = compiled.CompiledStep
+    monkeypatch.setattr(
+        compiled, "CompiledStep", lambda f: loaded.append(f.read_bytes()) or load(f)
+    )
+
+    def again(flat, spec, threads, target):
+        compiled_anew.append(target)
+        target.write_bytes(whole)
+
+    monkeypatch.setattr(compiled, "_compile_apart", again)
+    compiled_step(flat_of(Tiny()), SPEC, tmp_path)
+    assert (loaded, compiled_anew) == ([whole], [])
+    rng = np.random.default_rng(0)
+    for number in range(1, 13):
+        content = bytearray(whole)
+        place = int(rng.integers(len(whole)))
+        if number % 3:
+            content[place] ^= 1 << int(rng.integers(8))
+        else:
+            del content[place:]
+        file.write_bytes(content)
+        caplog.clear()
+        compiled_step(flat_of(Tiny()), SPEC, tmp_path)
+        assert set(loaded) == {whole}
+        assert len(compiled_anew) == number
+        assert "is damaged; it is made anew" in caplog.text
 
 
 @pytest.mark.parametrize(

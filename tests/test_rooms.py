@@ -38,7 +38,7 @@ def test_only_some_rooms_know_flower_and_only_the_runtime_knows_ray():
 
 # From the ground up; what stands on one line stands on one floor.
 FLOORS = [
-    {"errors", "memory"},
+    {"errors", "memory", "sealed"},
     {"config", "config_types", "config_devices", "combinations", "randomness"},
     {"algorithms", "models", "training", "data", "methods", "checkpoint"},
     {"cloud", "records"},

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch import nn
 
 from fedge_sim.config import Runtime
 from fedge_sim.errors import CannotVectoriseError
+from fedge_sim.sealed import read_sealed, write_sealed
 from fedge_sim.training.base import ClientTask, TrainingPath
 from fedge_sim.training.cohort import Cohort
 from fedge_sim.training.compiled import processor
@@ -149,7 +149,7 @@ def measure(
         Where measurements are kept; if that cannot be, a warning says so.
     """
     key = _key(build(), tasks(1, 1), (most, autocast, precision))
-    file = None if folder is None else folder / f"speed-{key}.json"
+    file = None if folder is None else folder / f"speed-{key}.sealed"
     if file is not None and (known := _read(file)) is not None:
         log.info("speeds are those measured before: %s", file)
         return known
@@ -230,23 +230,21 @@ def _key(network: nn.Module, tasks: Sequence[ClientTask], how: tuple[object, ...
 
 
 def _read(file: Path) -> Measured | None:
-    """Return what was measured before; None if it was not, or cannot be read."""
+    """Return what was measured before; None if it was not, or the file is not as it was written."""
     try:
-        values: dict[str, Any] = json.loads(file.read_text())
-        cohorts = {int(size): float(ms) for size, ms in values["cohorts"].items()}
-        return Measured(float(values["single"]), cohorts, str(values["problem"]))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = read_sealed(file, file.name.encode())
+    except OSError:
         return None
+    if kept is None:
+        return None
+    values: dict[str, Any] = json.loads(kept)
+    cohorts = {int(size): ms for size, ms in values["cohorts"].items()}
+    return Measured(values["single"], cohorts, values["problem"])
 
 
 def _write(file: Path, measured: Measured) -> None:
     """Keep what was measured, unless another process was first: all take the same then."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(f".{os.getpid()}.part")
     with FileLock(file.with_suffix(".lock")):
         if _read(file) is None:
-            try:
-                part.write_text(json.dumps(asdict(measured)))
-                part.replace(file)
-            finally:
-                part.unlink(missing_ok=True)
+            write_sealed(file, json.dumps(asdict(measured)).encode(), file.name.encode())

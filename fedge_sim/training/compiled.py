@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from fedge_sim.errors import CannotCompileError
+from fedge_sim.sealed import read_sealed, write_sealed
 from fedge_sim.training import lowering, optimizer
 from fedge_sim.training.base import TrainSettings
 from fedge_sim.training.flat import FlatNetwork
@@ -209,6 +210,7 @@ def compiled_step(flat: FlatNetwork, spec: StepSpec, folder: Path) -> CompiledSt
             loaded = _load(file, step)
             if loaded is None:
                 _compile_apart(flat, spec, torch.get_num_threads(), file)
+                write_sealed(_seal_of(file), b"", _digest(file))
                 loaded = _load(file, step)
             if loaded is None:
                 file.unlink()
@@ -219,14 +221,26 @@ def compiled_step(flat: FlatNetwork, spec: StepSpec, folder: Path) -> CompiledSt
 
 
 def _load(file: Path, step: Step) -> CompiledStep | None:
-    """Return the step in a file; None if there is none, or not one that does the same."""
-    if not file.exists():
+    """Return the step in a file; None if there is none, or not one that does the same.
+
+    A library runs in this process: it is loaded only if it is, byte for byte, what was compiled.
+    """
+    if not file.exists() or read_sealed(_seal_of(file), _digest(file)) is None:
         return None
     try:
         loaded = CompiledStep(file)
         return loaded if _is_same(step, loaded) else None
     except RuntimeError:  # damaged
         return None
+
+
+def _seal_of(file: Path) -> Path:
+    return file.with_suffix(".sealed")
+
+
+def _digest(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def file_of(flat: FlatNetwork, spec: StepSpec, folder: Path) -> Path:
