@@ -78,6 +78,7 @@ class AppConfig(Table):
     partition_shards: Count = 2
     partition_file: OptionalPath = ""
     split: Literal["random", "blocked"] = "random"
+    layout: Literal["auto", "channels-first", "channels-last"] = "auto"
     standardise: Literal["global", "client", "none"] = "global"
     image_size: Annotated[int, Field(ge=0, le=4096)] = 0
     use_watches: bool = True

@@ -6,8 +6,15 @@ import zipfile
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from tests.conftest import OWN, opened
+from fedge_sim.config import load_settings
+from fedge_sim.data.base import form_of
+from fedge_sim.data.partition import PARTITIONS
+from fedge_sim.errors import ConfigError
+from fedge_sim.reporting.progress import ConsoleReporter
+from fedge_sim.reporting.tables import TableWriter
+from tests.conftest import OWN, opened, run
 
 # -------------------------------------------------------------------------- arrays
 
@@ -56,6 +63,8 @@ def test_forms_of_labels(saved, arrays, classes, codes):
     ("user", "names", "codes"),
     [
         ([2, 10, 2, 10, 1, 1], ("1", "10", "2"), [2, 1, 2, 1, 0, 0]),
+        ([2.0, 10.0, 2.0, 10.0, 1.0, 1.0], ("1", "10", "2"), [2, 1, 2, 1, 0, 0]),
+        ([2.5, 10.0, 2.5, 10.0, 1.0, 1.0], ("1.0", "10.0", "2.5"), [2, 1, 2, 1, 0, 0]),
         (["zoe", "al", "al", "al", "al", "zoe"], ("al", "zoe"), [1, 0, 0, 0, 0, 1]),
         ([s.encode() for s in "bbaaéé"], ("a", "b", "é"), [1, 1, 0, 0, 2, 2]),
     ],
@@ -70,6 +79,106 @@ def test_users_and_recordings(saved, user, names, codes):
     assert data.position.tolist() == position
 
 
+@pytest.mark.parametrize("name", ["user", "users", "subject"])
+def test_users_have_several_names_and_what_is_not_read_is_named(saved, caplog, name):
+    users = [2, 10, 2, 10, 1, 1]
+    file = saved(OWN | {name: users, "is_test": np.zeros(6), "extra": np.zeros(2)})
+    for _ in range(2):  # when the store is made, and when it is opened again
+        caplog.clear()
+        data = opened("arrays", file)
+        assert data.names.users == ("1", "10", "2")
+        assert np.array(data.names.users)[data.user].tolist() == [str(u) for u in users]
+        [line] = caplog.messages
+        assert "not read: is_test, extra; what is read: X, y, user (also named users" in line
+    rows = PARTITIONS["user"](
+        data, load_settings(assignments=["hierarchy.clients_per_server=[1, 1, 1]"])
+    )
+    assert [users[own[0]] for own in rows] == [1, 2, 10]
+
+
+def test_user_goes_before_its_other_names(saved, caplog):
+    data = opened("arrays", saved(OWN | {"subject": np.zeros(6), "user": [3, 4, 4, 3, 3, 4]}))
+    assert data.names.users == ("3", "4")
+    assert "not read: subject;" in caplog.text
+
+
+def test_nothing_is_said_where_all_is_read(saved, caplog):
+    opened("arrays", saved(OWN | {"user": np.arange(6)}))
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "axes"),
+    [
+        ((6, 40, 2), "channels-last", (0, 2, 1)),
+        ((6, 2, 40), "channels-last", (0, 2, 1)),
+        ((6, 40, 2), "channels-first", (0, 1, 2)),
+        ((6, 8, 9, 5), "channels-last", (0, 3, 1, 2)),  # more than an image of auto has
+        ((6, 3, 8, 4), "channels-last", (0, 3, 1, 2)),
+        ((6, 5, 8, 9), "channels-first", (0, 1, 2, 3)),
+        ((6, 9, 9, 3), "channels-first", (0, 1, 2, 3)),
+    ],
+)
+def test_the_layout_is_what_is_said(saved, shape, layout, axes):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    data = opened("arrays", saved({"X": x, "y": np.arange(6)}), f"app.config.layout={layout}")
+    np.testing.assert_array_equal(data.x, x.transpose(axes))
+
+
+def test_a_layout_that_makes_no_sense(saved, refused):
+    more = ["app.config.layout=channels-last"]
+    file = saved({"X": np.zeros((6, 7)), "y": np.arange(6)})
+    line = refused("arrays", file, error=ConfigError, more=more)
+    assert 'X is (N, features), (6, 7), without channels: must be "auto"' in line
+    with pytest.raises(ConfigError, match="'digits' has a layout of its own: must be \"auto\""):
+        opened("digits", "nowhere", *more)
+
+
+def test_windows_with_more_channels_than_samples_are_told(saved, small, caplog):
+    """A person's (N, samples, channels) is trained on as so many channels, and told; said, not."""
+    rng = np.random.default_rng(0)
+    y = np.arange(90) % 3
+    x = rng.normal(size=(90, 20, 3)) + y[:, None, None]
+    file = saved({"X": x, "y": y, "user": np.arange(90) // 10})
+    own = ("app.config.dataset=arrays", "app.config.num-classes=0", "hierarchy.global_rounds=1")
+    caplog.set_level("INFO", logger="fedge_sim")
+
+    def told(*more):
+        caplog.clear()
+        output = Console(file=io.StringIO(), width=160)
+        settings = small(*own, f"app.config.data-root={file}", *more)
+        run(settings, [TableWriter(), ConsoleReporter(output)])
+        warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+        return warnings, caplog.text, output.file.getvalue()
+
+    [warning], log, table = told()
+    assert warning == (
+        "X is read as windows of 20 channels x 3 samples: if they are 20 samples of 3 channels, "
+        'set app.config.layout = "channels-last", and else "channels-first"'
+    )
+    assert "72 training examples of 20 channels x 3 samples (partition user, split random" in log
+    assert "test examples of 20 channels x 3 samples, split random)" in " ".join(table.split())
+    for layout, form in (("last", "3 channels x 20 samples"), ("first", "20 channels x 3 samples")):
+        warnings, log, table = told(f"app.config.layout=channels-{layout}")
+        assert not warnings
+        assert f"training examples of {form} (" in log
+        assert f"test examples of {form}, " in " ".join(table.split())
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((6, 100), "6 channels x 100 samples"),
+        ((1, 1), "1 channel x 1 sample"),
+        ((17,), "17 features"),
+        ((3, 32, 24), "3 channels x 32 x 24 pixels"),
+        ((1, 8, 8), "1 channel x 8 x 8 pixels"),
+    ],
+)
+def test_what_an_example_is_in_words(shape, words):
+    assert form_of(shape) == words
+
+
 def changed(value, dtype=np.float64):
     """Return the good examples with one value changed."""
     x = OWN["X"].astype(dtype)
@@ -80,37 +189,62 @@ def changed(value, dtype=np.float64):
 @pytest.mark.parametrize(
     ("arrays", "problem"),
     [
-        ({"X": changed(np.nan)}, "holds NaN"),
-        ({"X": changed(-np.inf)}, "holds NaN, infinity"),
-        ({"X": changed(1e300)}, "more than float32 can hold"),
-        ({"X": np.full((6, 2), "a")}, "must be real numbers, not <U1"),
-        ({"X": changed(1j, complex)}, "must be real numbers, not complex128"),
-        ({"X": changed(None, object)}, "Object arrays cannot be loaded"),
-        ({"y": np.array([0, 1, 0, 1, 0, None])}, "Object arrays cannot be loaded"),
-        ({"user": np.array([0, 1, 0, 1, 0, None])}, "Object arrays cannot be loaded"),
+        ({"X": changed(np.nan)}, "X holds NaN, infinity, or more than float32 can hold: nan in ex"),
+        (
+            {"X": changed(-np.inf)},
+            "-inf in example 5, the first of 1 such; leave them out, or fill",
+        ),
+        ({"X": changed(1e300)}, "more than float32 can hold: 1e+300 in example 5"),
+        ({"X": np.float64(np.nan)}, "nan in example 0, the first of 1 such"),
+        ({"X": np.full((6, 2), "a")}, "X must be real numbers, not <U1"),
+        ({"X": changed(1j, complex)}, "X must be real numbers, not complex128"),
+        ({"X": changed(None, object)}, "array X holds Python objects, which only a pickle could"),
+        ({"y": np.array([0, 1, 0, 1, 0, None])}, "array y holds Python objects"),
+        ({"y": np.array(list("ababab"), object)}, "as text or numbers: y.astype(str) for names"),
+        ({"user": np.array(list("ababab"), object)}, "array user holds Python objects"),
+        ({"subject": np.array(list("ababab"), object)}, "array subject holds Python objects"),
+        ({"classes": np.array(["a", "b"], object)}, "array classes holds Python objects"),
         ({"X": np.float64(3)}, "X must be (N, features)"),
         ({"X": np.zeros(6)}, "X must be (N, features)"),
         ({"X": np.zeros((6, 1, 2, 3, 4))}, "X must be (N, features)"),
         ({"X": np.zeros((0, 3)), "y": np.zeros(0)}, "there is no example in it"),
         ({"X": np.zeros((6, 2, 0))}, "none has values"),
         ({"X": np.zeros((6, 5, 8, 5))}, "at most 4 channels"),
-        ({"y": np.zeros(5)}, "6 examples, but labels (5,)"),
-        ({"y": np.zeros((6, 1))}, "6 examples, but labels (6, 1)"),
-        ({"y": np.full((6, 1), "a")}, "6 examples, but labels (6, 1)"),
-        ({"y": np.full(6, 0.5)}, "labels must be whole numbers, not 0.5"),
-        ({"y": np.full(6, np.nan)}, "labels must be whole numbers, not nan"),
-        ({"y": np.full(6, np.inf)}, "labels must be whole numbers, not inf"),
-        ({"y": np.full(6, 2**64 - 1, np.uint64)}, "labels must be from"),
+        ({"y": np.zeros(5)}, "6 examples, but y (5,); one for each is needed"),
+        ({"y": np.zeros((6, 1))}, "6 examples, but y (6, 1); one for each is needed: y[:, 0]"),
+        ({"y": np.full((6, 1), "a")}, "6 examples, but y (6, 1); one for each is needed: y[:, 0]"),
+        ({"y": np.eye(3)[[0, 1, 2, 0, 1, 2]]}, "y (6, 3); it is one-hot, and one class number for"),
+        (
+            {"y": np.eye(2, dtype=bool)[[0, 1] * 3]},
+            "one-hot, and one class number for each is need",
+        ),
+        ({"y": np.eye(6)[:5]}, "6 examples, but y (5, 6); one for each is needed"),
+        ({"y": np.full((6, 2), 0.5)}, "6 examples, but y (6, 2); one for each is needed"),
+        ({"y": np.full((6, 2), "a")}, "6 examples, but y (6, 2); one for each is needed"),
+        ({"y": np.full(6, 0.5)}, "y must be whole numbers, not 0.5 (example 0, the first of 6"),
+        ({"y": np.array([0, 1, np.nan] * 2)}, "y must be whole numbers, not nan (example 2, the f"),
+        ({"y": np.full(6, np.inf)}, "y must be whole numbers, not inf"),
+        ({"y": np.full(6, 2**64 - 1, np.uint64)}, "y must be from"),
         ({"y": np.full(6, b"\xe9")}, "y cannot be read as text"),
-        ({"classes": ["a"]}, "labels must be from 0 to 0, but are from 0 to 1"),
-        ({"classes": ["a", "b"], "y": -OWN["y"]}, "labels must be from 0 to 1, but are from -1"),
-        ({"classes": ["a", "b"], "y": list("aabbab")}, "labels must be whole numbers"),
+        ({"classes": ["a"]}, "y must be from 0 to 0, but are from 0 to 1"),
+        ({"classes": ["a", "b"], "y": -OWN["y"]}, "y must be from 0 to 1, but are from -1"),
+        ({"classes": ["a", "b"], "y": list("aabbab")}, "y holds names, and classes has the names"),
         ({"classes": []}, "classes must be a list of names"),
         ({"classes": [["a", "b"]]}, "classes must be a list of names"),
-        ({"user": np.zeros(5)}, "6 examples, but user (5,)"),
+        ({"user": np.zeros(5)}, "6 examples, but user (5,); one for each is needed"),
+        ({"users": np.zeros((6, 1))}, "6 examples, but users (6, 1); one for each is needed"),
         ({"user": np.full(6, b"\xe9")}, "user cannot be read as text"),
+        (
+            {"user": np.array([1, np.nan] * 3)},
+            "user must be names or numbers, not nan (example 1, ",
+        ),
+        ({"subject": np.array([1, np.inf] * 3)}, "subject must be names or numbers, not inf"),
         ({"recording": np.zeros(5), "position": np.zeros(6)}, "6 examples, but recording (5,)"),
         ({"recording": np.zeros(6), "position": np.zeros(5)}, "6 examples, but position (5,)"),
+        (
+            {"recording": np.array([0, np.nan] * 3), "position": np.arange(6)},
+            "recording must be names or numbers, not nan",
+        ),
         ({"recording": np.zeros(6)}, "recording and position belong together"),
         ({"position": np.zeros(6)}, "recording and position belong together"),
         ({"recording": np.zeros(6), "position": np.full(6, 0.5)}, "position must be whole"),
@@ -173,6 +307,13 @@ DAMAGE = {
     "a header cut off": lambda whole: zipped(header("(1,")),
     "a long header": lambda whole: zipped(header("(1,)" + 20_000 * " ")),  # three lines of error
 }
+
+
+def test_a_single_array_says_what_it_is(tmp_path, refused):
+    file = tmp_path / "X.npy"
+    np.save(file, OWN["X"])
+    line = refused("arrays", file)
+    assert "it is one array alone (.npy); save it with numpy.savez(file, X=..., y=...)" in line
 
 
 @pytest.mark.parametrize("damage", sorted(DAMAGE))

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fedge_sim.config import Settings, environment_seed, load_settings
 from fedge_sim.data import DATASETS, FederatedData, federate, load_dataset
-from fedge_sim.data.base import Dataset, form_of
+from fedge_sim.data.base import Dataset, form_of, warn_of_form
 from fedge_sim.data.partition import in_order
 from fedge_sim.errors import FedgeError
 
@@ -154,6 +154,7 @@ def _show(console: Console, settings: Settings) -> None:
             settings.data,
             lambda what, share: progress.update(task, description=what, completed=share),
         )
+    warn_of_form(settings.data, dataset.example_shape)
     console.print(_user_table(dataset, settings.data.dataset))
     for file in dataset.report.get("files", []):
         console.print(_reading(file), highlight=False, soft_wrap=True)

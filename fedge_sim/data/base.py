@@ -1,5 +1,6 @@
 """What a dataset is: examples in one memory-mapped array, and where each comes from."""
 
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from fedge_sim.config import AppConfig
+
+log = logging.getLogger(__name__)
 
 # Rows of x that are worked on at a time where all of a dataset is gone through, in bytes.
 CHUNK_BYTES = 32 * 2**20
@@ -172,6 +177,18 @@ def form_of(example_shape: Sequence[int]) -> str:
     if len(example_shape) > 2:
         parts.append(f"{' x '.join(map(str, example_shape[1:]))} pixels")
     return " x ".join(parts)
+
+
+def warn_of_form(config: AppConfig, example_shape: Sequence[int]) -> None:
+    """Say it if windows look as if their axes were the other way round."""
+    if config.dataset == "arrays" and config.layout == "auto" and len(example_shape) == 2:
+        channels, samples = example_shape
+        if channels > samples:
+            log.warning(
+                "X is read as windows of %s: if they are %d samples of %d channels, set "
+                'app.config.layout = "channels-last", and else "channels-first"',
+                *(form_of(example_shape), channels, samples),
+            )
 
 
 def _along_channels(values: NDArray[Any], ndim: int) -> NDArray[Any]:

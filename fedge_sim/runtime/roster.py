@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from fedge_sim import records
 from fedge_sim.config import Settings
-from fedge_sim.data.base import DataSummary, Standardisation
+from fedge_sim.data.base import DataSummary, Standardisation, warn_of_form
 from fedge_sim.data.drawn import are_drawn
 from fedge_sim.errors import DataError, RosterError
 from fedge_sim.runtime import sizing
@@ -196,6 +196,7 @@ def survey(grid: Grid, roster: Roster, settings: Settings) -> DataSummary:
     scales: Sequence[Standardisation] = [by_client[client][1] for client in sorted(by_client)]
     if are_drawn(settings):
         scales = parts[min(parts)].scales
+    warn_of_form(settings.data, example_shape)
     groups = tuple(g for client in sorted(by_client) for g in by_client[client][2])
     return DataSummary(
         clients=tuple(by_client[client][0] for client in sorted(by_client)),
