@@ -161,7 +161,7 @@ def _train(messages: Sequence[Message], context: Context) -> list[Message]:
                     records.NUM_EXAMPLES: len(task.rows),
                     records.LOSS: update.loss,
                     records.SECONDS: update.seconds,
-                    **_class_counts(settings, data, task),
+                    **_class_counts(message, task),
                 }
             ),
         )
@@ -179,13 +179,11 @@ def _order(settings: Settings, config: dict[str, Any]) -> np.random.Generator:
     return stream(settings.seed, "batches/job", job, client)
 
 
-def _class_counts(
-    settings: Settings, data: FederatedData, task: ClientTask
-) -> dict[str, list[int]]:
-    """Return a client's training examples of each class, if the rule needs them."""
-    if settings.asynchronous.rule != "fedrevive":
+def _class_counts(message: Message, task: ClientTask) -> dict[str, list[int]]:
+    """Return a client's training examples of each class, if the message asks for them."""
+    if not (classes := records.config_of(message).get(records.CLASS_COUNTS, 0)):
         return {}
-    counts = np.bincount(task.examples.y[task.rows], minlength=len(data.classes))
+    counts = np.bincount(task.examples.y[task.rows], minlength=classes)
     return {records.CLASS_COUNTS: counts.tolist()}
 
 

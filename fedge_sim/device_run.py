@@ -193,6 +193,7 @@ class DeviceRun:
         return Trainings(
             *(self._exchange, settings, self._roster, work, at_a_time),
             ahead=self._ahead,
+            classes=len(self._data.classes) if settings.asynchronous.rule == "fedrevive" else 0,
             in_waves=in_waves,
         )
 

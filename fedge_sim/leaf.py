@@ -279,8 +279,8 @@ class LeafServer(Strategy):
             sent = records.variate_of(reply)
             change = {} if sent is None else records.to_arrays(sent)
             self._count(client, reply, metrics)
-            if not all(np.isfinite(a).all() for a in (*update.values(), *change.values())):
-                log.warning("%s left out: its model is not finite", self._name(client))
+            if problem := records.not_finite(reply):
+                log.warning("%s left out: %s", self._name(client), problem)
                 continue
             updates[client] = update
             changes.append(change)

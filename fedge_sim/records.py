@@ -1,6 +1,8 @@
 """The one place where arrays become Flower records, and messages find their addressees."""
 
 import io
+import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -45,6 +47,7 @@ _PREFIX = {
     HELD_OUT: "held-out-",
 }  # of an evaluation's metrics, by split
 _ROW = np.dtype("<i8")  # of row numbers on the wire
+_MOST = 2**53  # of a whole number in a reply: up to there a float has all of them
 # The questions of the roster, and what a node answers.
 ASK_CLIENTS, ASK_DATA = MessageType.QUERY, f"{MessageType.QUERY}.data"
 ASK_TRAINING = f"{MessageType.QUERY}.training"
@@ -249,3 +252,107 @@ def get_evaluations(message: Message) -> dict[str, Evaluation]:
                 num_examples=metrics[prefix + NUM_EXAMPLES],
             )
     return found
+
+
+def fault_of(message: Message, reply: object) -> str:
+    """Return what is wrong with the form of a reply, in one line; empty if nothing is.
+
+    A model, and SCAFFOLD's change of a variate, must have the names, shapes and types of what was
+    sent: an array of shape (1,), or of float64, would be averaged without a word. A loss that is
+    not finite is no fault of form: it is what a model that diverged has.
+    """
+    if not isinstance(reply, Message):
+        return f"its reply is a {type(reply).__name__}, not a Message"
+    asked, came = message.metadata, reply.metadata
+    if (came.reply_to_message_id, came.group_id) != (asked.message_id, asked.group_id):
+        return "its reply is not to the message that it was sent"
+    if not reply.has_content():
+        return reply.error.reason or "it replied with an error"
+    if asked.message_type not in (MessageType.TRAIN, MessageType.EVALUATE):
+        return ""
+    if METRICS not in reply.content.metric_records:
+        return f"its reply has no metrics (a MetricRecord named {METRICS!r})"
+    metrics, config = metrics_of(reply), config_of(message)
+    if asked.message_type == MessageType.EVALUATE:
+        faults = (_fault_of_evaluation(metrics, _PREFIX[split]) for split in config[SPLITS])
+        return next(filter(None, faults), "")
+    return (
+        _fault_of_arrays(message, reply, ARRAYS)
+        or _fault_of_arrays(message, reply, VARIATE)
+        or _fault_of_count(metrics, NUM_EXAMPLES, 1)
+        or _fault_of_number(metrics, LOSS)
+        or _fault_of_number(metrics, SECONDS, math.inf)
+        or _fault_of_class_counts(metrics, config.get(CLASS_COUNTS, 0))
+    )
+
+
+def _fault_of_arrays(message: Message, reply: Message, name: str) -> str:
+    sent, came = (dict(m.content.array_records.get(name, {})) for m in (message, reply))
+    if differing := sorted(sent.keys() ^ came.keys()):
+        which = "lacks" if differing[0] in sent else "has, and was not sent,"
+        return f"its reply {which} the array {differing[0]!r} of {name!r}"
+    for key, array in sent.items():
+        expected = np.dtype(array.dtype), tuple(array.shape)
+        try:
+            form = (found := _from_flower(came[key])).dtype, found.shape
+        except Exception as error:  # numpy raises all kinds for bytes that are no array
+            return f"the array {key!r} of {name!r} in its reply cannot be read: {error}"
+        if form != expected:
+            (got, got_shape), (dtype, shape) = form, expected
+            return (
+                f"the array {key!r} of {name!r} in its reply is {got} of shape {got_shape}, "
+                f"and was sent as {dtype} of shape {shape}"
+            )
+    return ""
+
+
+def _fault_of_evaluation(metrics: Mapping[str, Any], prefix: str) -> str:
+    return (
+        _fault_of_count(metrics, prefix + NUM_EXAMPLES, 0)
+        or _fault_of_number(metrics, prefix + LOSS)
+        or _fault_of_number(metrics, prefix + ACCURACY, 1.0)
+    )
+
+
+def _fault_of_count(metrics: Mapping[str, Any], key: str, least: int) -> str:
+    value = metrics.get(key)
+    if type(value) is int and least <= value <= _MOST:
+        return ""
+    shown = reprlib.repr(value)
+    return f"{key!r} in its reply is {shown}, and must be a whole number of at least {least}"
+
+
+def _fault_of_number(metrics: Mapping[str, Any], key: str, most: float | None = None) -> str:
+    """Complain of what is no number, negative, or more than ``most`` (and then not finite)."""
+    value = metrics.get(key)
+    allowed = "a number that is not negative"
+    if type(value) is float or (type(value) is int and value <= _MOST):
+        if not value < 0 and (most is None or (math.isfinite(value) and value <= most)):
+            return ""
+        allowed = allowed if most in (None, math.inf) else f"0 to {most:g}"
+    return f"{key!r} in its reply is {reprlib.repr(value)}, and must be {allowed}"
+
+
+def _fault_of_class_counts(metrics: Mapping[str, Any], classes: int) -> str:
+    if not classes:
+        return ""
+    counts = metrics.get(CLASS_COUNTS)
+    if (
+        isinstance(counts, list)
+        and len(counts) == classes
+        and all(type(n) is int and n >= 0 for n in counts)
+        and sum(counts) == metrics[NUM_EXAMPLES]
+    ):
+        return ""
+    return (
+        f"{CLASS_COUNTS!r} in its reply is {reprlib.repr(counts)}, and must be {classes} whole "
+        f"numbers that sum up to its {metrics[NUM_EXAMPLES]} examples"
+    )
+
+
+def not_finite(reply: Message) -> str:
+    """Return what of a reply to train is not finite, in words; empty if nothing is."""
+    sent = [r for name in (ARRAYS, VARIATE) if (r := reply.content.array_records.get(name))]
+    if not all(np.isfinite(a).all() for record in sent for a in to_arrays(record).values()):
+        return "its model is not finite"
+    return "" if math.isfinite(metrics_of(reply)[LOSS]) else "its loss is not finite"

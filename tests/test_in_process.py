@@ -294,6 +294,23 @@ def test_a_client_that_fails_in_a_cohort_is_the_only_one_left_out(small, cohort_
     assert unruly.tries(settings, 4) == 3  # in the cohort, and twice alone
 
 
+@pytest.mark.parametrize("what", ["exit", "interrupt"])
+def test_a_client_that_would_end_the_run_is_left_out_by_name(small, cohort_run, caplog, what):
+    settings = small("hierarchy.global_rounds=2", "runtime.max_retries=1")
+    unruly.rule(settings, c4=(what, 99))
+    with InProcessGrid(unruly.app, 2, settings.runtime) as grid:
+        alone = Orchestrator(settings, grid).run().last
+    in_cohort = cohort_run(
+        small("hierarchy.global_rounds=2", "runtime.max_retries=1", "runtime.training=cohort"),
+        c4=(what, 99),
+    )
+    for last in (alone, in_cohort):
+        assert last.global_round == 2
+        assert [c.client for c in last.clients if not c.bytes_up] == [4]
+    name = {"exit": "SystemExit: 0", "interrupt": "KeyboardInterrupt"}[what]
+    assert caplog.text.count(f"client 4 of leaf server 1 left out: {name}") == 4
+
+
 def test_a_client_that_fails_in_a_cohort_once_is_not_left_out(small, cohort_run, caplog):
     settings = small("hierarchy.global_rounds=1", "runtime.training=cohort")
     last = cohort_run(settings, c4=("raise", 1))

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from flwr.app import ConfigRecord, MetricRecord
+from flwr.app import ConfigRecord, Error, Message, MetricRecord
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge_sim import records
 from fedge_sim.runtime.in_process import InProcessGrid
-from fedge_sim.runtime.node import EVALUATED_TOGETHER, Failure, Node, cohorts
+from fedge_sim.runtime.node import EVALUATED_TOGETHER, Failure, Node, cohorts, give_id
 
 MODELS = [records.to_record({"w": np.full(2, value, np.float32)}) for value in (1, 2)]
 EQUAL = records.to_record({"w": np.full(2, 1, np.float32)})  # to the first, and not the same
@@ -111,7 +111,9 @@ def test_without_a_function_that_answers_them_there_are_no_cohorts():
 
 
 def reply(message, context):
-    return records.reply(message, metrics=MetricRecord({"n": 1}))
+    metrics = {records.NUM_EXAMPLES: 1, records.LOSS: 0.5, records.SECONDS: 0.1}
+    metrics |= {records.ACCURACY: 0.5}
+    return records.reply(message, arrays=records.arrays_of(message), metrics=MetricRecord(metrics))
 
 
 def reply_together(messages, context):
@@ -162,3 +164,57 @@ def test_after_another_failure_each_is_answered_alone(together, caplog):
     (warning,) = caplog.messages
     assert warning.startswith("cohort failed, each is run alone: ")
     assert "client 1 of leaf server 0" in warning
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(0), SystemExit("bye"), KeyboardInterrupt(), GeneratorExit(), MemoryError()]
+)
+def test_whatever_a_client_raises_is_its_own_failure(error, caplog):
+    def app(message, context):
+        if records.config_of(message)[records.CLIENT_ID] == 1:
+            raise error
+        return reply(message, context)
+
+    def together(messages, context):
+        return [app(message, context) for message in messages]
+
+    messages = [message("train", client) for client in range(3)]
+    answers = [Node(app, 1).answer(message) for message in messages]
+    assert [isinstance(answer.result, Failure) for answer in answers] == [False, True, False]
+    assert answers[1].result.reason == f"{type(error).__name__}: {error}"
+    assert answers[1].result.out_of_memory == isinstance(error, MemoryError)
+    if not isinstance(error, MemoryError):
+        answers = Node(app, 1, together=together).answer_all(messages)
+        assert [isinstance(answer.result, Failure) for answer in answers] == [False, True, False]
+
+
+def to_another(message, context):
+    return reply(messages_of(5)[0], context)
+
+
+def messages_of(client):
+    return [message("train", client)]
+
+
+def an_error(message, context):
+    return Message(Error(1, "the battery is empty"), reply_to=message)
+
+
+@pytest.mark.parametrize(
+    ("app", "reason"),
+    [
+        (lambda m, c: None, "its reply is a NoneType, not a Message"),
+        (lambda m, c: m, "its reply is not to the message that it was sent"),
+        (to_another, "its reply is not to the message that it was sent"),
+        (an_error, "the battery is empty"),
+        (
+            lambda m, c: records.reply(m),
+            "its reply has no metrics (a MetricRecord named 'metrics')",
+        ),
+    ],
+)
+def test_what_is_no_reply_is_a_failure(app, reason):
+    (asked,) = messages_of(1)
+    give_id(asked)
+    answer = Node(app, 1).answer(asked)
+    assert answer.result == Failure(reason)

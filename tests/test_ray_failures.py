@@ -11,6 +11,7 @@ from fedge_sim.errors import RoundError, StalledError, WorkerError
 from fedge_sim.orchestrator import Orchestrator
 from tests import unruly
 from tests.conftest import Keep, ray_grid, run, run_on_ray, same_models
+from tests.test_replies import ONE_LEAF, TRAINED, check_evaluated, check_trained, eights
 
 UNRULY = "tests.unruly:app"
 
@@ -65,6 +66,31 @@ def test_a_client_that_always_raises_is_left_out_by_name(two, caplog):
     assert caplog.text.count("Traceback") == 1
     assert caplog.text.count("client 3 of leaf server 1 left out: RuntimeError: the battery") == 2
     assert [c.client for c in keep.records[1].clients if not c.bytes_up] == [3]
+
+
+@pytest.mark.parametrize("cohorts", [(), ("runtime.training=cohort", "runtime.cohort_size=4")])
+@pytest.mark.parametrize("what", ["exit", "interrupt"])
+def test_a_client_that_would_end_its_process_has_failed(two, caplog, what, cohorts):
+    settings = two("runtime.max_retries=1", "hierarchy.global_rounds=1", *cohorts)
+    unruly.rule(settings, c3=(what, 99))
+    last = run_on_ray(settings, app=UNRULY).last
+    name = {"exit": "SystemExit: 0", "interrupt": "KeyboardInterrupt"}[what]
+    assert f"client 3 of leaf server 1 left out: {name}" in caplog.text
+    assert "died" not in caplog.text
+    assert [c.client for c in last.clients if not c.bytes_up] == [3]
+
+
+@pytest.mark.parametrize("names", eights(TRAINED))
+def test_who_replies_in_another_form_is_left_out_of_a_round(two, caplog, names):
+    check_trained(two(*ONE_LEAF), caplog, names, TRAINED, run_unruly)
+
+
+def test_who_evaluates_in_another_form_is_left_out_of_the_evaluation(two, caplog):
+    check_evaluated(two(*ONE_LEAF), caplog, run_unruly)
+
+
+def run_unruly(settings):
+    return run_on_ray(settings, app=UNRULY).last
 
 
 def test_too_few_clients_end_the_run(two):

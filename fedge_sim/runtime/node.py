@@ -141,7 +141,7 @@ class Node:
         return cohorts(messages, size, workers)
 
     def answer(self, message: Message, states: States | None = None) -> Answer:
-        """Run the ClientApp; what it raises becomes a failure.
+        """Run the ClientApp; what it raises, and a reply of the wrong form, becomes a failure.
 
         Parameters
         ----------
@@ -153,29 +153,26 @@ class Node:
         started = time.time()
         try:
             result = self._app(message, context)
-            give_id(result)
-        except Exception as error:
+        except BaseException as error:  # sys.exit() too: Ctrl-C comes to the main thread alone
             return Answer(_failure(error), started, time.time())
-        return Answer(result, started, time.time(), _new_state(message, context, states))
+        return _answer(message, result, (started, time.time()), context, states)
 
     def answer_all(self, messages: Sequence[Message], states: States | None = None) -> list[Answer]:
         """Answer a cohort, in one step if it is more than one message.
 
         If that runs out of memory, all have; if it fails otherwise, each is answered alone, so
-        that only the culprit fails. ``states`` are those of :meth:`answer`.
+        that only the culprit fails. A reply of the wrong form is its own client's failure.
+        ``states`` are those of :meth:`answer`.
         """
         if len(messages) == 1 or self._together is None:
             return [self.answer(message, states) for message in messages]
         context = self._context_of(messages, states)
         started = time.time()
-        results: Sequence[Message | Failure]
         try:
             results = self._together(messages, context)
             if len(results) != len(messages):
                 raise ValueError(f"{len(results)} replies to {len(messages)} messages")
-            for reply in results:
-                give_id(reply)
-        except Exception as error:
+        except BaseException as error:
             failure = _failure(error)
             if not failure.out_of_memory:
                 names = ", ".join(map(name_of, messages))
@@ -184,7 +181,7 @@ class Node:
             return [Answer(failure, started, time.time())] * len(messages)
         spans = _slices(messages, started, time.time())
         return [
-            Answer(result, *span, _new_state(message, context, states))
+            _answer(message, result, span, context, states)
             for message, result, span in zip(messages, results, spans, strict=True)
         ]
 
@@ -209,6 +206,20 @@ def clients_of(messages: Sequence[Message]) -> set[int]:
     return {client for message in messages if (client := client_of(message)) is not None}
 
 
+def _answer(
+    message: Message,
+    result: Message,
+    span: tuple[float, float],
+    context: Context,
+    states: States | None,
+) -> Answer:
+    """Return the answer that a ClientApp gave, or a failure if its form is wrong."""
+    if fault := records.fault_of(message, result):
+        return Answer(Failure(fault), *span)
+    give_id(result)
+    return Answer(result, *span, _new_state(message, context, states))
+
+
 def _new_state(message: Message, context: Context, states: States | None) -> ArrayRecord | None:
     """Return the state that a client has put in place of the one it was given to train."""
     if states is None or message.metadata.message_type != MessageType.TRAIN:
@@ -219,7 +230,7 @@ def _new_state(message: Message, context: Context, states: States | None) -> Arr
     return None if state is states.get(client) else state
 
 
-def _failure(error: Exception) -> Failure:
+def _failure(error: BaseException) -> Failure:
     # A user's mistake needs no traceback.
     details = "" if isinstance(error, FedgeError) else traceback.format_exc()
     return Failure(f"{type(error).__name__}: {error}", details, _is_out_of_memory(error))
@@ -326,7 +337,7 @@ def _kind(message: Message) -> object:
     return kind, settings, config.get(records.PURPOSE), splits, id(model)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     # Plain RuntimeErrors of torch's: on the host, of the driver, of its libraries.

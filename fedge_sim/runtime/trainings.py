@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Self, TypeAlias
 
-import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
@@ -107,9 +106,7 @@ class Trained:
         if not reply.has_content():
             return cls(start, {}, {}, str(reply.error.reason))
         arrays = records.to_arrays(records.arrays_of(reply))
-        finite = all(np.isfinite(array).all() for array in arrays.values())
-        problem = "" if finite else "its model is not finite"
-        return cls(start, arrays, records.metrics_of(reply), problem)
+        return cls(start, arrays, records.metrics_of(reply), records.not_finite(reply))
 
 
 class Trainings:
@@ -128,6 +125,8 @@ class Trainings:
     ahead : int, optional
         Updates that may be there or under way before they are needed, at most; 0 is strictly
         sequential. None: a few times ``at_a_time``.
+    classes : int
+        If not 0, a client also says how many of its examples are of each of so many classes.
     in_waves : bool
         Whether to begin trainings only when none is under way. Cohorts need it: then who trains
         together, and with it the last bits, do not depend on how fast others were.
@@ -141,8 +140,10 @@ class Trainings:
         work: Callable[[int], int],
         at_a_time: int,
         ahead: int | None = None,
+        classes: int = 0,
         in_waves: bool = False,
     ) -> None:
+        self._classes = classes
         self._exchange, self._settings, self._roster, self._work = exchange, settings, roster, work
         self._ahead = WAVES * at_a_time if ahead is None else ahead
         self._in_waves, self._wave = in_waves, at_a_time if ahead is None else max(1, ahead)
@@ -226,6 +227,7 @@ class Trainings:
         config[records.ROUND] = 1  # the same for all jobs, so that workers keep their networks
         config[records.JOB], config[records.CLIENT_ID] = number, job.client
         config[records.WORK] = self._work(job.client)
+        config[records.CLASS_COUNTS] = self._classes
         address = Address(records.TRAIN, job.leaf, job.client)
         node = self._roster[job.client]
         return records.instruction(node, MessageType.TRAIN, config, start.record, address)
