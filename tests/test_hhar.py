@@ -295,6 +295,17 @@ def test_times_and_numbers_in_forms_that_cannot_be_mistaken(tmp_path, column, ch
     }
 
 
+def test_decimal_commas_in_quotes_without_a_header(tmp_path):
+    plain = file_with(tmp_path / "plain.csv", "x", str)
+    quoted = file_with(tmp_path / "quoted.csv", "x", lambda x: f'"{x}"'.replace(".", ","))
+    quoted.write_text(quoted.read_text().partition("\n")[2])
+    (_, expected), (report, found) = read(plain), read(quoted)
+    assert report.rows == 900
+    assert {k: v.tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in expected.items()
+    }
+
+
 @pytest.mark.parametrize(
     ("column", "change", "problem"),
     [
@@ -335,7 +346,7 @@ def test_times_and_numbers_in_forms_that_cannot_be_mistaken(tmp_path, column, ch
         (
             "y",
             lambda y: y.replace(".", ","),
-            "number of cells: 900 (more than 10, as decimal commas make them: 'walk')",
+            "number of cells: 900 (more than 10, as decimal commas or a column without a name",
         ),
         ("y", lambda y: "g", "y: 900 ('g'; expected a number)"),
         ("User", lambda user: "", "User: 900 (empty)"),

@@ -234,7 +234,7 @@ class _Times:
 
 def _layout(file: Csv, stream: IO[bytes]) -> _Layout:
     """Look at the first line, and leave the stream where the rows begin."""
-    line = stream.readline(LONGEST_LINE)
+    line = QUOTED_DECIMAL_COMMA.sub(rb"\1.\2", stream.readline(LONGEST_LINE))
     text = line.decode("utf-8-sig", errors="replace").strip("\r\n")
     separator = max(",\t;", key=text.count)
     cells = [cell.strip(' "') for cell in text.split(separator)]
@@ -388,7 +388,10 @@ def _fault(name: str, cell: str | None, layout: _Layout) -> str:
         return "empty"
     shown = repr(cell[:40])
     if name == CELLS:
-        return f"more than {layout.num_columns}, as decimal commas make them: {shown}"
+        return (
+            f"more than {layout.num_columns}, as decimal commas or a column without a name make "
+            f"them: {shown}"
+        )
     if DATE.match(cell):
         return f"a date: {shown}; expected milliseconds since 1970"
     if name == "Arrival_Time":

@@ -3,6 +3,7 @@
 Of an archive only what a member is called is looked at; no name in it becomes a path on the disk.
 """
 
+import os
 import shutil
 import zipfile
 import zlib
@@ -86,7 +87,7 @@ def find(config: AppConfig) -> Source:
     root = Path(config.data_root)
     if root.is_file():
         return _archive(config, root)
-    below = [entry for entry in _entries(root) if entry.is_dir()]
+    below = [e for e in _entries(root) if e.is_dir() and os.access(e, os.R_OK | os.X_OK)]
     for level in (
         [root / FOLDER],
         [root],
@@ -152,8 +153,8 @@ def _is_ours(path: str) -> bool:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """Return what is in a folder, sorted; nothing if it may not be looked at."""
-    with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+    """Return what is in a folder, sorted; nothing if there is no such folder."""
+    with suppress(FileNotFoundError, NotADirectoryError):
         return sorted(entry for entry in folder.iterdir() if _is_ours(entry.name))
     return []
 
