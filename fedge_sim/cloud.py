@@ -60,6 +60,7 @@ def step(
     global_lr: float,
     trainable: Set[str],
     started_from: Sequence[Arrays] | None = None,
+    present: Sequence[int] | None = None,
 ) -> CloudState:
     """Do the cloud's part of one global round.
 
@@ -68,7 +69,7 @@ def step(
     state : CloudState
         The state after the round before.
     leaf_models : sequence of Arrays
-        The model of each leaf server after its training, in leaf order.
+        The model of each leaf server after its last training, in leaf order.
     examples : sequence of int
         Training examples behind each leaf model.
     settings : CloudCluster
@@ -77,12 +78,16 @@ def step(
     trainable : set of str
         Names of the arrays to which ``global_lr`` applies; the others are averaged.
     started_from : sequence of Arrays, optional
-        The model from which each leaf server began this round; none: those that the cloud
-        handed out, which the accuracy gate may have rejected.
+        The model from which each leaf server began that; none: those that the cloud handed out,
+        which the accuracy gate may have rejected.
+    present : sequence of int, optional
+        The leaf servers that trained in this round: averages are theirs, and a cluster that has
+        none of them keeps its model. None: all.
     """
+    everyone = range(len(leaf_models)) if present is None else present
     handed_out = [state.model_for(leaf) for leaf in range(len(leaf_models))]
     starts = handed_out if started_from is None else started_from
-    labels, matrix = cluster(state, leaf_models, starts, examples, settings, trainable)
+    labels, matrix = cluster(state, leaf_models, starts, examples, settings, trainable, everyone)
 
     def average(leaves: Sequence[int]) -> Arrays:
         weights = [examples[leaf] for leaf in leaves]
@@ -90,17 +95,14 @@ def step(
         start = weighted_mean([handed_out[leaf] for leaf in leaves], weights)
         return step_towards(start, mean, global_lr, trainable)
 
-    everyone = range(len(leaf_models))
     global_model = average(everyone)
-    num_clusters = max(labels) + 1
-    cluster_models = (
-        (global_model,)
-        if num_clusters == 1
-        else tuple(
-            average([leaf for leaf in everyone if labels[leaf] == k]) for k in range(num_clusters)
+    members = [[leaf for leaf in everyone if labels[leaf] == k] for k in range(max(labels) + 1)]
+    models: tuple[Arrays, ...] = (global_model,)
+    if len(members) > 1:
+        models = tuple(
+            average(own) if own else handed_out[labels.index(k)] for k, own in enumerate(members)
         )
-    )
-    return CloudState(state.global_round + 1, labels, cluster_models, global_model, matrix)
+    return CloudState(state.global_round + 1, labels, models, global_model, matrix)
 
 
 def cluster(
@@ -110,6 +112,7 @@ def cluster(
     examples: Sequence[int],
     settings: CloudCluster,
     trainable: Set[str],
+    present: Sequence[int] | None = None,
 ) -> tuple[tuple[int, ...], FloatArray | None]:
     """Return the cluster of each leaf, and the similarities where any were computed.
 
@@ -130,6 +133,7 @@ def cluster(
             gamma_max=settings.gamma_max,
             min_cluster_size=settings.min_cluster_size,
             linkage=settings.linkage,
+            present=present,
         )
     else:
         matrix = similarity(vectors)

@@ -35,6 +35,7 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
     h, cluster = settings.hierarchy, settings.cloud_cluster
     rule, servers = h.client_rule, h.num_servers
     clusters = cluster.enable and cluster.method != "none"
+    compared = settings.num_training if settings.draws_leaf_servers else servers
     own_average = rule in ("scaffold", "pfedme", "local", "centralised")
     return (
         (
@@ -46,6 +47,11 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
             rule == "centralised" and h.participation < 1,
             *("hierarchy", "participation"),
             'all data are trained on with client_rule = "centralised": must be 1',
+        ),
+        (
+            h.participation < 1 and not settings.by_versions and not _can_be_carried_out(settings),
+            *("hierarchy", "participation"),
+            _who_would_train(settings),
         ),
         (
             rule == "centralised" and (h.server_lr, h.global_lr) != (1, 1),
@@ -91,9 +97,9 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
             'pFedMe trains one client at a time: allowed: "auto", "single", "reference"',
         ),
         (
-            clusters and cluster.method == "cfl" and servers < 2 * cluster.min_cluster_size,
+            clusters and cluster.method == "cfl" and compared < 2 * cluster.min_cluster_size,
             *("cloud_cluster", "min_cluster_size"),
-            f"CFL can never split {servers} leaf servers into two clusters of so many; use "
+            f"CFL can never split {compared} leaf servers into two clusters of so many; use "
             "more leaf servers (one for each client is CFL of clients), or smaller clusters",
         ),
         (
@@ -107,6 +113,30 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
             f"client_rule = {rule!r} is about steps of SGD: must be \"sgd\"",
         ),
     )  # fmt: skip
+
+
+def _can_be_carried_out(settings: "Settings") -> bool:
+    """Whether there is a server of which some of those who are drawn train, and not all."""
+    h = settings.hierarchy
+    sizes = (h.num_servers,) if settings.draws_leaf_servers else h.clients_per_server
+    return any(1 <= h.rounded_share(size) < size for size in set(sizes))
+
+
+def _who_would_train(settings: "Settings") -> str:
+    h = settings.hierarchy
+    most = max(h.clients_per_server)
+    if settings.draws_leaf_servers:
+        of = f"the {h.num_servers} leaf servers, each of one client,"
+    elif most == 1:
+        return (
+            "each leaf server has one client, who trains in every round: must be 1, or have "
+            'leaf servers with more clients (with cloud_cluster.method = "cfl" leaf servers are '
+            "drawn)"
+        )
+    else:
+        of = f"the clients of a leaf server ({most} at most)"
+    rounded = "all" if h.participation >= 0.5 else "none"
+    return f"of {of} it rounds to {rounded}: must be 1, or round to at least one and not to all"
 
 
 def _of_devices(settings: "Settings") -> Iterable[Case]:
@@ -147,6 +177,11 @@ def _of_devices(settings: "Settings") -> Iterable[Case]:
         d.over_selection > 0 and h.participation == 1,
         *("devices", "over_selection"),
         "all clients are selected already: must be 0 with hierarchy.participation = 1",
+    )
+    yield (
+        d.over_selection > 0 and settings.draws_leaf_servers,
+        *("devices", "over_selection"),
+        "leaf servers of one client each are drawn, and each waits for its own: must be 0",
     )
     yield (
         not d.device_reuse,
@@ -259,9 +294,9 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
     ):
         yield (value != allowed, "hierarchy", key, f"{reason}: must be {allowed!r}")
     yield (
-        h.cluster_better_delta != 0,
+        h.cluster_better_delta not in (0, -1),
         *("hierarchy", "cluster_better_delta"),
-        "is of the accuracy gate, which servers that make versions have not: must be 0",
+        "is of the accuracy gate, which servers that make versions have not: must be 0 or -1",
     )
     yield (
         h.averaging == "uniform" and (rule == "fedavg" or not of_leaf),

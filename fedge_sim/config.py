@@ -8,6 +8,7 @@ A setting's path is the one below ``tool.flwr``: ``app.config.dataset``,
 import os
 import re
 from collections.abc import Iterable, Mapping
+from decimal import ROUND_HALF_UP, Decimal
 from functools import lru_cache
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -185,15 +186,13 @@ class Hierarchy(Table):
         return sum(self.clients_per_server)
 
     def participants(self, clients: int) -> int:
-        """How many of a leaf server's clients train in a round."""
-        return max(1, round(self.participation * clients))
+        """How many of so many clients train in a round: their share rounded, one at least."""
+        return max(1, self.rounded_share(clients))
 
-    @property
-    def num_training(self) -> int:
-        """How many clients train in a round, under all leaf servers; 1 if one has all data."""
-        if self.client_rule == "centralised":
-            return 1
-        return sum(map(self.participants, self.clients_per_server))
+    def rounded_share(self, clients: int) -> int:
+        """Return ``participation`` times so many clients, a half rounded up."""
+        share = Decimal(str(self.participation)) * clients  # 0.29 of 50 is 14.5, not less
+        return int(share.to_integral_value(ROUND_HALF_UP))
 
     def learning_rate(self, global_round: int) -> float:
         """Learning rate of a global round, counted from 1: lr_init * lr_gamma^(g-1)."""
@@ -331,6 +330,26 @@ class Settings(Table):
         """Whether servers make versions of updates of devices, not rounds of all clients."""
         drawn = self.devices.devices_per_leaf > 0
         return self.devices.enable and (drawn or self.asynchronous.rule != "fedavg")
+
+    @property
+    def draws_leaf_servers(self) -> bool:
+        """Whether those who train in a round are drawn among the leaf servers.
+
+        In CFL of clients, where each is alone under a leaf server.
+        """
+        h, cluster = self.hierarchy, self.cloud_cluster
+        is_cfl = cluster.enable and cluster.method == "cfl"
+        return is_cfl and h.participation < 1 and set(h.clients_per_server) == {1}
+
+    @property
+    def num_training(self) -> int:
+        """How many clients train in a round, under all leaf servers; 1 if one has all data."""
+        h = self.hierarchy
+        if h.client_rule == "centralised":
+            return 1
+        if self.draws_leaf_servers:
+            return h.participants(h.num_servers)
+        return sum(map(h.participants, h.clients_per_server))
 
     @property
     def local_steps(self) -> int:

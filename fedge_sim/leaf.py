@@ -112,7 +112,7 @@ class LeafServer(Strategy):
     variate : Arrays
         SCAFFOLD's c, by the names of the trainable arrays; empty in other methods.
     started_from : Arrays
-        The model with which this global round began.
+        The model with which the last global round began in which it trained.
     num_examples : int
         Training windows behind the model.
     work : dict of int to ClientWork
@@ -180,6 +180,11 @@ class LeafServer(Strategy):
         self.work = {}
         self.evaluations = {}
         return Gate(not rejected, acc_old, acc_new)
+
+    def sit_out(self) -> Gate:
+        """Take no part in a global round: keep the own model, and judge none."""
+        self.work = {}
+        return Gate(False, math.nan, math.nan)
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -360,6 +365,8 @@ class LeafServer(Strategy):
             "model": dict(self.model),
             "variate": dict(self.variate),
             "num_examples": self.num_examples,
+            # What its last update began with, which the cloud may ask for in a later round.
+            "started_from": dict(self.started_from) if self.settings.draws_leaf_servers else {},
             "rule": None if self.rule is None else self.rule.state(),
             "evaluations": {
                 purpose: {str(c): {s: asdict(e) for s, e in own.items()} for c, own in all_.items()}
@@ -370,7 +377,7 @@ class LeafServer(Strategy):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.model, self.variate = state["model"], state["variate"]
-        self.num_examples = state["num_examples"]
+        self.num_examples, self.started_from = state["num_examples"], state["started_from"]
         if self.rule is not None:
             self.rule.restore(state["rule"])
         self.evaluations = {

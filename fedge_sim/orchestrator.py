@@ -34,6 +34,7 @@ from fedge_sim.errors import CheckpointError, ConfigError, FedgeError, StalledEr
 from fedge_sim.leaf import ClientWork, Gate, LeafServer
 from fedge_sim.leaf_strategy import LeafRule
 from fedge_sim.member import is_stateful
+from fedge_sim.randomness import stream
 from fedge_sim.reporting import callbacks_of, start_logging
 from fedge_sim.reporting.base import (
     Callback,
@@ -158,7 +159,8 @@ class Orchestrator:
         parameters = {n: p.detach().numpy() for n, p in model.named_parameters() if p.requires_grad}
         variate = {n: np.zeros_like(p) for n, p in parameters.items()}
         variate = variate if h.client_rule == "scaffold" else {}
-        sent = {n: a for n, a in model_arrays(model).items() if n not in personal}
+        first = model_arrays(model)
+        sent = {n: a for n, a in first.items() if n not in personal}
         size = sum(records.to_record(arrays).count_bytes() for arrays in (sent, variate))
         if self.settings.devices.enable:
             steps = partial(steps_of_a_job, self.settings, data)
@@ -171,6 +173,8 @@ class Orchestrator:
                 rule=LeafRule(h, parameters.keys()) if h.leaf_strategy else None,
                 variate=variate,
                 pool=self._pool,
+                model=first,
+                started_from=first,
             )
             for index, clients in enumerate(h.leaf_clients)
         ]
@@ -235,10 +239,14 @@ class Orchestrator:
         lr = h.learning_rate(global_round)
         mu = proximal_mu(self._accuracies, h)
         down, up = self._trip
-        gates = [leaf.begin(state.model_for(leaf.index), self._now + down) for leaf in leaves]
+        present = self._present(global_round)
+        drawn = [leaves[index] for index in present]
+        gates = {leaf.index: leaf.sit_out() for leaf in leaves}
+        for leaf in drawn:
+            gates[leaf.index] = leaf.begin(state.model_for(leaf.index), self._now + down)
         for server_round in range(1, h.server_rounds_per_global + 1):
             flat_round = state.global_round * h.server_rounds_per_global + server_round
-            self._train(leaves, flat_round, lr, mu)
+            self._train(drawn, flat_round, lr, mu)
         state = cloud.step(
             state,
             [leaf.model for leaf in leaves],
@@ -247,16 +255,14 @@ class Orchestrator:
             global_lr=h.global_lr,
             trainable=leaves[0].trainable,
             started_from=[leaf.started_from for leaf in leaves],
+            present=present,
         )
-        self._now = max(leaf.now for leaf in leaves) + up
+        self._now = max(leaf.now for leaf in drawn) + up
         self._evaluate(leaves, state)
         record = RoundRecord(
             global_round=global_round,
             lr=lr,
-            leaves=tuple(
-                _leaf_round(leaf, state, gate, data)
-                for leaf, gate in zip(leaves, gates, strict=True)
-            ),
+            leaves=tuple(_leaf_round(leaf, state, gates[leaf.index], data) for leaf in leaves),
             central_train=pool(leaf.pooled(records.GLOBAL, "train") for leaf in leaves),
             central_test=pool(leaf.pooled(records.GLOBAL) for leaf in leaves),
             cloud=state,
@@ -264,6 +270,14 @@ class Orchestrator:
             simulated_seconds=self._now if self.settings.devices.enable else math.nan,
         )
         return state, record
+
+    def _present(self, global_round: int) -> Sequence[int]:
+        """Return the leaf servers that take part in a round: all, or in CFL of clients a share."""
+        servers = self.settings.hierarchy.num_servers
+        if not self.settings.draws_leaf_servers:
+            return range(servers)
+        draw = stream(self.settings.seed, "participation of leaf servers", global_round)
+        return sorted(draw.choice(servers, self.settings.num_training, replace=False).tolist())
 
     def _train(
         self, leaves: Sequence[LeafServer], flat_round: int, lr: float, prox_mu: float

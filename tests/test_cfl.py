@@ -194,6 +194,38 @@ def test_what_is_not_finite_counts_as_0(updates, value, data):
 # ---------------------------------------------------------------------- in the cloud
 
 
+@given(st.integers(0, 10**6), st.integers(2, 7), LINKAGES)
+def test_who_is_absent_has_no_part_in_a_split(seed, number, linkage):
+    rng = np.random.default_rng(seed)
+    updates, examples = rng.normal(size=(7, 5)), rng.integers(1, 9, size=7)
+    before = rng.integers(0, 2, size=7)
+    present = rng.choice(7, number, replace=False)
+    gates = GATES | {"eps_1": 1.5, "eps_2": 0.0, "linkage": linkage}
+    labels, matrix = split_clusters(before, list(updates), examples, **gates, present=present)
+    alone, _ = split_clusters(before[present], list(updates[present]), examples[present], **gates)
+    np.testing.assert_array_equal(pairs(labels[present]), pairs(alone))
+    assert not (pairs(labels) & ~pairs(before)).any()
+    for leaf in set(range(7)) - set(present.tolist()):
+        # it stays with those that were together with it; if they part, with whom it is most like
+        own = np.array([k for k in present if before[k] == before[leaf]], int)
+        if len(own):
+            assert labels[leaf] == labels[own[matrix[leaf, own].argmax()]]
+
+
+@given(st.integers(0, 10**6))
+def test_who_is_absent_follows_its_planted_group(seed):
+    group, updates, examples = planted(seed)
+    rng = np.random.default_rng(seed)
+    present = [rng.choice(np.flatnonzero(group == k), 2, replace=False) for k in (0, 1)]
+    present = np.concatenate(present)
+    labels, _ = split_clusters([0] * 7, updates, examples, **GATES | WIDE, present=present)
+    np.testing.assert_array_equal(pairs(labels), pairs(group))
+    # of one that has never trained nobody knows where it belongs: the others wait for it
+    updates[np.setdiff1d(range(7), present)[0]] *= 0
+    labels, _ = split_clusters([0] * 7, updates, examples, **GATES | WIDE, present=present)
+    assert not labels.any()
+
+
 def cloud_step(state, moves, settings, examples):
     models = [
         {"w": state.model_for(leaf)["w"] + move, "buffer": np.float32([leaf])}

@@ -131,9 +131,20 @@ def test_scaffold_has_an_older_name():
 
 
 FLAT = ("hierarchy.num_servers=1", "hierarchy.clients_per_server=[9]", "cloud_cluster.enable=false")
+ALONE = ("hierarchy.num_servers=9", "hierarchy.clients_per_server=[1,1,1,1,1,1,1,1,1]")
+CFL = ("cloud_cluster.method=cfl", *ALONE)
 TOGETHER = {
     ("hierarchy.client_rule=centralised", *FLAT, "hierarchy.global_lr=0.5"): "there is no average",
     ("hierarchy.client_rule=centralised", *FLAT, "hierarchy.participation=0.5"): "must be 1",
+    ("hierarchy.participation=0.1",): r"a leaf server \(3 at most\) it rounds to none: must be 1",
+    ("hierarchy.participation=0.9",): "it rounds to all: must be 1, or round to at least one and n",
+    (*ALONE, "hierarchy.participation=0.5"): "has one client, who trains in every round: must be 1",
+    (*CFL, "hierarchy.participation=0.05"): "of the 9 leaf servers, each of one client, it rounds",
+    (*CFL, "hierarchy.participation=0.3"): "CFL can never split 3 leaf servers",
+    (
+        *(*CFL, "hierarchy.participation=0.5", "devices.over_selection=0.5"),
+        *("devices.enable=true", "devices.device_speed.mean=1.0"),
+    ): "leaf servers of one client each are drawn",
     (
         *("hierarchy.client_rule=scaffold", "hierarchy.clients_per_server=[1, 1, 1]"),
     ): "must have more than one client somewhere",

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import subprocess
 from dataclasses import replace
 from itertools import pairwise
@@ -16,11 +17,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from fedge_sim import cloud
+from fedge_sim.algorithms.aggregation import weighted_mean
 from fedge_sim.algorithms.fedprox import proximal_mu
 from fedge_sim.client_app import app as client_app
 from fedge_sim.config import Hierarchy
 from fedge_sim.errors import ConfigError
 from fedge_sim.leaf import LeafServer
+from fedge_sim.methods import METHODS
 from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.orchestrator import run as run_on_backend
 from fedge_sim.reporting.base import Callback, RunInfo
@@ -56,6 +59,71 @@ def test_a_share_of_each_leafs_clients_takes_part(small):
     assert trained(keep) != trained(other)
     # and all are evaluated
     assert all(c.own_test.num_examples for c in keep.records[-1].clients)
+
+
+@pytest.mark.parametrize(
+    ("share", "clients", "training"),
+    [
+        *((0.5, 3, 2), (0.5, 5, 3), (0.5, 9, 5), (0.4, 9, 4), (0.25, 10, 3), (0.35, 10, 4)),
+        *((0.29, 50, 15), (0.34, 3, 1), (0.1, 3, 1), (1.0, 7, 7), (1e-7, 10_000_000, 1)),
+    ],
+)
+def test_a_half_is_rounded_up(share, clients, training):
+    assert Hierarchy(participation=share).participants(clients) == training
+
+
+def test_the_log_says_how_many_train(small, caplog):
+    uneven = ("hierarchy.num_servers=2", "hierarchy.clients_per_server=[8, 1]")
+    with caplog.at_level(logging.INFO):
+        run(
+            small(*uneven, "hierarchy.participation=0.4", "hierarchy.global_rounds=1"),
+            [keep := Keep(), ConsoleReporter(Console(file=io.StringIO()))],
+        )
+    assert "4 of 9 clients train in a round" in caplog.text
+    assert len(trained(keep)[0]) == 4
+
+
+def test_cfl_of_clients_draws_leaf_servers(small):
+    """Who is not drawn keeps model and cluster, and nobody's average has anything of it."""
+    settings = small(
+        *(*METHODS["cfl"].assignments((3, 3, 3)), "hierarchy.participation=0.5"),
+        *("cloud_cluster.eps_1=9.0", "cloud_cluster.eps_2=0.1", "hierarchy.global_rounds=4"),
+    )
+    steps, real = [], cloud.step
+
+    def step(state, models, examples, *args, **kwargs):
+        after = real(state, models, examples, *args, **kwargs)
+        steps.append((state, list(models), list(examples), kwargs["present"], after))
+        return after
+
+    keep, again, other = Keep(), Keep(), Keep()
+    with mock.patch.object(cloud, "step", step):
+        run(settings, [keep])
+    run(settings, [again], workers=1)
+    assert trained(again) == trained(keep)
+    run(settings.model_copy(update=dict(small("app.config.seed=7"))), [other])
+    assert trained(other) != trained(keep)
+    assert len(set(trained(keep))) > 1
+    assert [max(after.labels) for *_, after in steps][-1] > 0  # a cluster was split
+    before = [steps[0][0].global_model] * 9
+    for record, (state, models, examples, present, after) in zip(keep.records, steps, strict=True):
+        assert [c.client for c in record.clients if c.bytes_up] == present
+        assert len(present) == 5
+        for leaf in range(9):
+            kept = all(np.array_equal(a, before[leaf][n]) for n, a in models[leaf].items())
+            assert kept == (leaf not in present)
+            group = [k for k in present if after.labels[k] == after.labels[leaf]]
+            if not group:
+                assert after.model_for(leaf) is state.model_for(leaf)
+                continue
+            mean = weighted_mean([models[k] for k in group], [examples[k] for k in group])
+            for name, array in after.model_for(leaf).items():
+                np.testing.assert_array_equal(array, mean[name])
+        before = models
+    # all are evaluated, and a gate has judged nobody
+    assert all(c.own_test.num_examples for c in keep.records[-1].clients)
+    accepted = [leaf.leaf for leaf in keep.records[-1].leaves if leaf.gate.accepted]
+    assert tuple(accepted) == trained(keep)[-1]
 
 
 def test_too_few_participants_for_the_least_number_of_replies(small):

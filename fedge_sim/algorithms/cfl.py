@@ -5,7 +5,7 @@ Optimization Under Privacy Constraints", IEEE TNNLS 2020 (arXiv:1910.01991). Its
 leaf servers here, and every call does one step of its recursion. Clusters are never joined.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -28,6 +28,7 @@ def split_clusters(
     gamma_max: float,
     min_cluster_size: int,
     linkage: Linkage,
+    present: Collection[int] | None = None,
 ) -> tuple[NDArray[np.int64], FloatArray]:
     """Split every cluster that has come to rest while its members still move, in two.
 
@@ -35,12 +36,17 @@ def split_clusters(
     (the mean by examples), and gamma_max < sqrt((1 - a) / 2), a being the largest similarity
     across the cut.
 
+    Who is absent from a round has no part in that, and stays in its cluster. Where that is
+    split, it goes with the part that has the update most similar to its own last one, as the
+    paper has it of clients that join later; so nothing is split before all members have trained.
+
     Parameters
     ----------
     labels : sequence of int
         The cluster of each leaf in the round before.
     updates : sequence of float array (P,)
-        Each leaf model less the model that it was handed; NaN and infinite entries count as 0.
+        Each leaf model less the model that it was handed, when it last trained; NaN and infinite
+        entries count as 0.
     examples : sequence of int
         Training examples behind each.
     eps_1, eps_2 : float
@@ -50,6 +56,8 @@ def split_clusters(
     min_cluster_size : int
     linkage : {"complete", "single"}
         How a cluster is cut; see :func:`bipartition`.
+    present : collection of int, optional
+        The leaves that trained in this round; none: all.
 
     Returns
     -------
@@ -61,15 +69,22 @@ def split_clusters(
     similarity = cosines(updates)
     moves, halves = finite(updates), np.array(labels)
     weights = np.asarray(examples, moves.dtype)
+    here = np.zeros(len(halves), bool)
+    here[slice(None) if present is None else list(present)] = True
     for cluster in np.unique(halves):
-        members = np.flatnonzero(halves == cluster)
+        absent = np.flatnonzero((halves == cluster) & ~here)
+        members = np.flatnonzero((halves == cluster) & here)
+        if not len(members) or not np.linalg.norm(moves[absent], axis=1).all():
+            continue
         own, share = moves[members], weights[members] / weights[members].sum()
         at_rest = np.linalg.norm(share @ own) < eps_1
         if not at_rest or np.linalg.norm(own, axis=1).max() <= eps_2:
             continue
         cut = bipartition(similarity[np.ix_(members, members)], min_cluster_size, linkage)
         if cut is not None and gamma_max < np.sqrt(max(0.0, 1 - cut[1]) / 2):
-            halves[members[cut[0]]] = halves.max() + 1
+            parts = members[cut[0]], members[~cut[0]]
+            closest, other = (similarity[np.ix_(absent, part)].max(axis=1) for part in parts)
+            halves[[*parts[0], *absent[closest > other]]] = halves.max() + 1
     return in_order(halves), similarity
 
 

@@ -76,14 +76,16 @@ class ConsoleReporter(Callback):
         self._settings, self._folder = settings, info.folder
         self._what = f"accuracy on test examples of {info.data.form}, split {_split(info)}"
         self._started, self._done_before = time.perf_counter(), len(info.accuracies)
-        self._in_a_round = h.server_rounds_per_global * h.num_training
+        self._in_a_round = h.server_rounds_per_global * settings.num_training
+        if h.participation < 1:
+            log.info("%d of %d clients train in a round", settings.num_training, h.num_clients)
         self._task = self._progress.add_task(
             "rounds",
             total=h.global_rounds * self._in_a_round,
             completed=len(info.accuracies) * self._in_a_round,
             round=len(info.accuracies) + 1,
             rounds=h.global_rounds,
-            clients=f"0/{h.num_training} clients",
+            clients=f"0/{settings.num_training} clients",
             accuracy="-",
             clusters="-",
         )
@@ -93,7 +95,7 @@ class ConsoleReporter(Callback):
         """Move the bar when a client has trained."""
         if done.purpose == TRAIN:
             self._progress.advance(self._task)
-            n = self._settings.hierarchy.num_training
+            n = self._settings.num_training
             trained = (int(self._progress.tasks[0].completed) - 1) % n + 1
             self._progress.update(self._task, clients=f"{trained}/{n} clients")
 
