@@ -1,6 +1,5 @@
 """Any strategy of Flower's as the aggregation rule of a leaf server, used and not rewritten."""
 
-import gc
 import inspect
 import logging
 import random
@@ -298,8 +297,7 @@ def _flower_aside(seed: int) -> Iterator[list[str]]:
 
     A message can only be made in a process that has the identity of a task: a grid gives it,
     but none may be open yet. Nodes are drawn from the global random state, which is put back.
-    Flower's log lines of each round are kept back, and its warnings given. QFedAvg and Bulyan
-    collect garbage once for each client: what was there before is kept out of that.
+    Flower's log lines of each round are kept back, and its warnings given.
     """
     for key in ("task_id", "run_id", "node_id"):
         try:
@@ -316,11 +314,9 @@ def _flower_aside(seed: int) -> Iterator[list[str]]:
     flower, random_state = logging.getLogger("flwr"), random.getstate()
     flower.addFilter(keep_back)
     random.seed(seed)
-    gc.freeze()
     try:
         yield warnings
     finally:
-        gc.unfreeze()
         random.setstate(random_state)
         flower.removeFilter(keep_back)
 

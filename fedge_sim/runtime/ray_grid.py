@@ -5,7 +5,6 @@ where clients are short. A client's result depends on nothing but its message, s
 with an actor is run again, with the same bytes.
 """
 
-import gc
 import logging
 import time
 from collections import OrderedDict
@@ -121,7 +120,6 @@ class RayGrid(LocalGrid):
         self._told: set[tuple[str, str]] = set()  # client and kind of the tracebacks shown
         self._watched_at = self._progress_at = time.monotonic()
         self.crew = Crew(client_app, settings, self.run, on_workers)
-        gc.freeze()  # what is imported stays: no pass of the collector need look at it
 
     @property
     def settings(self) -> Settings:

@@ -33,7 +33,7 @@ from fedge_sim import client_app as our_client_app
 from fedge_sim.config import settings_from_json
 from fedge_sim.data import federated_data
 from fedge_sim.errors import FedgeError
-from fedge_sim.memory import trim
+from fedge_sim.memory import freeze, trim
 from fedge_sim.runtime import node
 from fedge_sim.runtime.node import Answer, Failure, Node, States, identify
 from fedge_sim.runtime.sizing import Need
@@ -141,7 +141,7 @@ class Trainer:
         self._next_trim = 0.0
         if self._on_gpu:  # so that results repeat to the last bit
             torch.backends.cudnn.deterministic = True
-        gc.freeze()  # what is imported stays: no pass of the collector need look at it
+        freeze()  # what is imported stays, for as long as this process does
         if metrics:
             threading.Thread(target=self._report_memory, daemon=True).start()
 
