@@ -1,15 +1,18 @@
-"""A run's state in one file, and its tables cut back to what they were then.
+"""A run's state in one file, what it must be gone on with, and its tables cut back to it.
 
 A state is a tree: nested dicts, lists and tuples of arrays and plain values. Arrays are tensors of
-a safetensors file; the rest is JSON in its metadata. A digest of all of it tells damage.
+a safetensors file; the rest is JSON in its metadata. Digests of both tell damage.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,13 +21,23 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedge_sim.errors import CheckpointError
+from fedge_sim.config import Settings, settings_from_json
+from fedge_sim.data.base import ClientData, DataSummary
+from fedge_sim.errors import CheckpointError, ConfigError
 
 Tree: TypeAlias = (
     "NDArray[Any] | Mapping[str, Tree] | Sequence[Tree] | str | int | float | bool | None"
 )
 NAME = "checkpoint.safetensors"  # in the results folder
-FORMAT = 3  # goes up when a state of before cannot be gone on from
+FORMAT = 4  # goes up when a state of before cannot be gone on from
+RUN = "run.json"
+# Of app.config: where files are, which may change while a run is not at work.
+PATHS = ("output-dir", "partition-file", "data-root", "cache-dir")
+# The files that only grow, or are written once; and one that is replaced until the run ends.
+LASTING = ("*.csv", "partition.json", "clusters_g*.json")
+AT_THE_END = ("cluster_history.json",)
+CHUNK = 2**20  # bytes, that are read at a time
+WAY_OUT = "put it back, or start a new run"
 # Where something else than a JSON value stands, and of what kind.
 _ARRAY, _DICT, _TUPLE = "array", "dict", "tuple"
 
@@ -43,33 +56,48 @@ def save(file: Path, tree: Tree) -> None:
     """
     arrays: dict[str, NDArray[Any]] = {}
     text = json.dumps([FORMAT, _pack(tree, arrays, {})])
-    metadata = {"tree": text, "sha256": _digest(text, arrays)}
+    digests = {"tree_sha256": _digest(text.encode()), "arrays_sha256": _digest_of(arrays)}
     aside = file.with_suffix(".tmp")
     try:
-        save_file(arrays, aside, metadata)
+        save_file(arrays, aside, {"tree": text, **digests})
         aside.replace(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file}: the checkpoint cannot be written: {error}") from None
 
 
-def load(file: Path) -> Any:
+def load(file: Path, arrays: bool = True) -> Any:
     """Return the state in a file, a tree equal to what was saved, to the last bit.
+
+    Parameters
+    ----------
+    file : Path
+    arrays : bool
+        Whether to read the arrays; else each is None.
 
     Raises
     ------
     CheckpointError
         If the file is missing or damaged, or another version of the program wrote it.
     """
+    found: dict[str, NDArray[Any]] = {}
     try:
         with safe_open(file, framework="numpy") as opened:
             metadata = opened.metadata()
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if metadata["sha256"] != _digest(metadata["tree"], arrays):
-            raise ValueError("its content is not what was written")
-        match json.loads(metadata["tree"]):
-            case [int(number), packed] if number == FORMAT:
-                return _unpack(packed, arrays)
-        raise CheckpointError(f"{file}: another version of fedge-sim wrote this checkpoint")
+            if arrays:
+                found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        text = metadata["tree"]
+        if "sha256" not in metadata:  # one digest of all, up to format 3
+            if metadata["tree_sha256"] != _digest(text.encode()) or (
+                arrays and metadata["arrays_sha256"] != _digest_of(found)
+            ):
+                raise ValueError("its content is not what was written")
+            match json.loads(text):
+                case [int(number), packed] if number == FORMAT:
+                    return _unpack(packed, found)
+        raise CheckpointError(
+            f"{file}: another version of fedge-sim wrote this checkpoint: go on with that version, "
+            "or start a new run"
+        )
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no checkpoint") from None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -90,13 +118,132 @@ def at_work(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise CheckpointError(f"{folder}: another process is at work there") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written to ({error.strerror})") from None
     try:
         yield
     finally:
         lock.release()
 
 
-def run_of(folder: Path) -> Any:
+class Checkpoints:
+    """The checkpoint of a run at work, with what the run must be gone on with.
+
+    That are its settings, its data, who has which examples, and what it has written: of each file
+    its size and checksum, for which only what was added since is read.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's results folder.
+    settings : Settings
+    data : DataSummary
+    """
+
+    def __init__(self, folder: Path, settings: Settings, data: DataSummary) -> None:
+        self._folder = folder
+        self._began: dict[str, Any] = {
+            "settings": settings.model_dump(mode="json", by_alias=True),
+            "data": data.content,
+            "clients": digest_of_clients(data.clients),
+        }
+        self._sums: dict[str, _Sum] = {}
+
+    def save(self, tree: Mapping[str, Tree], *, ended: bool) -> None:
+        """Write the state of this moment, in the place of the one before.
+
+        Raises
+        ------
+        CheckpointError
+            If it cannot be written.
+        """
+        if "run" not in self._began and (self._folder / RUN).exists():
+            self._began["run"] = _digests(run_of(self._folder))
+        files = {}
+        for path in _files(self._folder, ended):
+            self._sums[path] = _sum_of(self._folder / path, self._sums.get(path))
+            files[path] = self._sums[path][:2]
+        whole = {**tree, "ended": ended, "began": self._began, "files": files}
+        save(self._folder / NAME, whole)
+
+    def restore(self) -> Any:
+        """Return the state that was saved; nothing is changed.
+
+        Raises
+        ------
+        CheckpointError
+            If there is none, if the run began otherwise, or a file is not what it has written.
+        """
+        tree = load(self._folder / NAME)
+        began, now = tree["began"], self._began
+        settings_to_go_on_with(self._folder, tree)
+        if difference := differs(began["settings"], _with_paths_of(now["settings"], began)):
+            raise CheckpointError(f"{self._folder}: the run began with {difference}")
+        if began["data"] != now["data"]:
+            raise CheckpointError(f"{self._folder}: the data are not those that the run began with")
+        if began["clients"] != now["clients"]:
+            raise CheckpointError(
+                f"{self._folder}: clients have other examples than the run began with (partition-"
+                "file, or another version of fedge-sim)"
+            )
+        check_files(self._folder, tree)
+        self._began = began
+        return tree
+
+    def cut_back(self, tree: Mapping[str, Any]) -> None:
+        """Drop what was written since a state was saved: what was added to files, and new ones."""
+        for path in _files(self._folder, ended=False):
+            if path in tree["files"]:
+                os.truncate(self._folder / path, tree["files"][path][0])
+            else:
+                (self._folder / path).unlink()
+
+
+def settings_to_go_on_with(folder: Path, tree: Mapping[str, Any]) -> Settings:
+    """Return a run's settings; paths are those in its ``run.json``, as files may have moved.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's results folder.
+    tree : mapping
+        Of its checkpoint.
+
+    Raises
+    ------
+    CheckpointError
+        If ``run.json`` is missing, damaged or changed.
+    """
+    began, run = tree["began"], run_of(folder)
+    settings = _with_paths_of(began["settings"], run)
+    if difference := differs(settings, run.get("settings")):
+        raise CheckpointError(f"{folder / RUN}: the run began with {difference}; {WAY_OUT}")
+    for key, digest in began.get("run", {}).items():
+        if _digests({key: run.get(key)}) != {key: digest}:
+            raise CheckpointError(f"{folder / RUN}: {key} is not what the run wrote; {WAY_OUT}")
+    try:
+        return settings_from_json(json.dumps(settings))
+    except ConfigError as error:  # of a path that is none, or by another version
+        raise CheckpointError(f"{folder / RUN}: {error}") from None
+
+
+def check_files(folder: Path, tree: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a file does not begin with what the run has written."""
+    for path, (size, checksum) in tree["files"].items():
+        file = folder / path
+        try:
+            found, now, _ = _sum_of(file, size=size)
+        except OSError as error:
+            raise CheckpointError(f"{file}: {error.strerror}; {WAY_OUT}") from None
+        if found < size:
+            raise CheckpointError(
+                f"{file}: has {found} bytes, and the run has written {size}; {WAY_OUT}"
+            )
+        if now != checksum:
+            raise CheckpointError(f"{file}: is not what the run has written; {WAY_OUT}")
+
+
+def run_of(folder: Path) -> dict[str, Any]:
     """Return what a results folder's ``run.json`` says of its run.
 
     Raises
@@ -105,46 +252,83 @@ def run_of(folder: Path) -> Any:
         If it is missing or damaged.
     """
     try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / 'run.json'}: cannot be read: {error}") from None
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        if not isinstance(run, dict):
+            raise ValueError("it holds no table")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{folder / RUN}: cannot be read: {error}; {WAY_OUT}") from None
+    return run
 
 
-def csv_sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every CSV file below a folder, by its path from there."""
-    return {path: (folder / path).stat().st_size for path in _csv_files(folder)}
+def differs(before: Any, now: Any, path: str = "") -> str:
+    """Return the first key of two tables with another value, and both values; "" if all are."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in {**before, **now}:
+            if found := differs(before.get(key), now.get(key), f"{path}.{key}".lstrip(".")):
+                return found
+        return ""
+    if before == now and type(before) is type(now):
+        return ""
+    shown = (shorten(json.dumps(value), 80, placeholder=" ...") for value in (before, now))
+    return f"{path or 'settings'} = {', now '.join(shown)}"
 
 
-def truncate_csvs(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Cut the CSV files below a folder back to what they were, and remove those that were not.
+def digest_of_clients(clients: Iterable[ClientData]) -> str:
+    """Return a digest of the rows that each client trains on, is tested on, and has beside."""
+    digest = hashlib.sha256()
+    for client in clients:
+        for rows in (client.train, client.test, client.left_out):
+            digest.update(len(rows).to_bytes(8, "little") + rows.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+_Sum: TypeAlias = tuple[int, int, int]  # size, checksum, time of change in ns
+
+
+def _sum_of(file: Path, before: "_Sum | None" = None, size: int | None = None) -> "_Sum":
+    """Return a file's size, checksum and time of change, or those of its first ``size`` bytes.
 
     Parameters
     ----------
-    folder : Path
-    sizes : mapping from path to bytes
-        As :func:`csv_sizes` gave them.
-
-    Raises
-    ------
-    CheckpointError
-        If a file is missing or shorter than it was; then all are left as they are.
+    file : Path
+    before : tuple, optional
+        What this gave for a file to which something may have been added since.
+    size : int, optional
     """
-    now = csv_sizes(folder)
-    for path, size in sizes.items():
-        if now.get(path, -1) < size:
-            raise CheckpointError(
-                f"{folder / path}: must have {size} bytes at least to go on from the checkpoint, "
-                + (f"and has {now[path]}" if path in now else "and is missing")
-            )
-    for path in now:
-        if path in sizes:
-            os.truncate(folder / path, sizes[path])
-        else:
-            (folder / path).unlink()
+    stat = file.stat()
+    whole, (start, checksum, changed) = stat.st_size, before or (0, 0, 0)
+    if (start, changed) == (whole, stat.st_mtime_ns):
+        return start, checksum, changed
+    if start >= whole:  # written anew
+        start, checksum = 0, 0
+    end = whole if size is None else min(size, whole)
+    with file.open("rb") as stream:
+        stream.seek(start)
+        while start < end and (data := stream.read(min(CHUNK, end - start))):
+            start, checksum = start + len(data), zlib.crc32(data, checksum)
+    return start, checksum, stat.st_mtime_ns
 
 
-def _csv_files(folder: Path) -> list[str]:
-    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*.csv"))
+def _files(folder: Path, ended: bool) -> list[str]:
+    """Return the files that are known by their sums, as paths from the folder."""
+    patterns = (*LASTING, *AT_THE_END) if ended else LASTING
+    found = (file for pattern in patterns for file in folder.rglob(pattern))
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def _digests(run: Mapping[str, Any]) -> dict[str, str]:
+    """Return digests of what ``run.json`` says beside the settings, by key."""
+    rest = ((key, value) for key, value in run.items() if key != "settings")
+    return {key: _digest(json.dumps(value, sort_keys=True).encode()) for key, value in rest}
+
+
+def _with_paths_of(settings: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with the paths of those that another table has, as far as it has them."""
+    taken = deepcopy(dict(settings))
+    for key in PATHS:
+        with suppress(KeyError, TypeError):
+            taken["app"]["config"][key] = other["settings"]["app"]["config"][key]
+    return taken
 
 
 def _pack(tree: Tree, arrays: dict[str, NDArray[Any]], names: dict[int, str]) -> Any:
@@ -177,14 +361,18 @@ def _unpack(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Tree:
         return value  # type: ignore[no-any-return]
     [(kind, content)] = value.items()
     if kind == _ARRAY:
-        return arrays[content]
+        return arrays.get(content)
     if kind == _TUPLE:
         return tuple(_unpack(part, arrays) for part in content)
     return {key: _unpack(part, arrays) for key, part in content.items()}
 
 
-def _digest(text: str, arrays: Mapping[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256(text.encode())
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256()
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())

@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -22,9 +24,10 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fedge_sim import checkpoint, orchestrator
+from fedge_sim.checkpoint import differs
 from fedge_sim.config import Settings, load_settings, split_overrides
 from fedge_sim.data import FederatedData, federate
-from fedge_sim.errors import ConfigError, FedgeError, StalledError, suggest
+from fedge_sim.errors import CheckpointError, ConfigError, FedgeError, StalledError, suggest
 from fedge_sim.methods import METHODS, Method
 from fedge_sim.models import build_model
 from fedge_sim.reporting import standard_callbacks, start_logging
@@ -38,9 +41,8 @@ log = logging.getLogger(__name__)
 
 STATE = "state.json"  # beside a run's results folder: its settings, and that folder when finished
 ALL_ROUNDS = ("hierarchy.es_patience=0", "hierarchy.target_accuracy=0.0")  # unless set
-# Of app.config: paths, which may change from call to call; what methods may have of their own.
-PATHS = ("output-dir", "partition-file", "data-root", "cache-dir")
 MATTERS = ("precision", "min_clients_per_round")  # to a result, of the table runtime
+# What methods may have of their own, of app.config.
 OWN = ("output-dir", "partition-file", "partition", "model", "standardise")
 
 
@@ -144,7 +146,7 @@ def toml(value: object) -> str:
 
 def _refuse_overruled(base: Settings, common: Sequence[str], variant: Variant) -> None:
     """Raise ConfigError if ``--set`` asks a method for what it is not, or ``--also`` for a seed."""
-    tables = base.model_dump(mode="json", by_alias=True)
+    tables = _tables(base)
     of_its_own = {_path(text) for text in variant.more}
     for path in {_path(text) for text in common} - of_its_own:
         table, _, key = path.partition(".")
@@ -162,30 +164,26 @@ def _path(assignment: str) -> str:
     return assignment.partition("=")[0].strip()
 
 
-def refuse_other_settings(planned: Planned) -> None:
-    """Raise ConfigError if there is a run with other settings in its place."""
-    before, now = _state(planned.place).get("settings"), identity(planned.settings)
-    if before not in (None, now):
+def refuse_other_settings(planned: Planned, where: Path, before: Any) -> None:
+    """Raise ConfigError if a run has other settings, as a file or folder says, than it gets now."""
+    if difference := differs(before, identity(_tables(planned.settings))):
         raise ConfigError(
-            f"{planned.place}: there is a run with other settings ({_difference(before, now)}); "
-            "choose another --output-dir, or delete that folder"
+            f"{where}: there is a run with other settings ({difference}); "
+            f"choose another --output-dir, or delete {planned.place}"
         )
 
 
-def identity(settings: Settings) -> dict[str, Any]:
+def identity(tables: dict[str, Any]) -> dict[str, Any]:
     """Return what makes a run the same run: all settings but paths, and how it is carried out."""
-    tables = settings.model_dump(mode="json", by_alias=True)
-    for key in PATHS:
+    tables = deepcopy(tables)
+    for key in checkpoint.PATHS:
         del tables["app"]["config"][key]
     tables["runtime"] = {key: tables["runtime"][key] for key in MATTERS}
     return tables
 
 
-def _difference(before: Any, now: Any, path: str = "") -> str:
-    if isinstance(before, dict) and isinstance(now, dict):
-        key = next(key for key in {**before, **now} if before.get(key) != now.get(key))
-        return _difference(before.get(key), now.get(key), f"{path}.{key}".lstrip("."))
-    return f"{path} = {before}, now {now}"
+def _tables(settings: Settings) -> dict[str, Any]:
+    return settings.model_dump(mode="json", by_alias=True)
 
 
 # ---------------------------------------------------------------------- clients
@@ -215,17 +213,23 @@ def deal(base: Settings, plan: Sequence[Planned]) -> None:
             for leaf, clients in enumerate(settings.hierarchy.leaf_clients)
         }
         file = Path(settings.data.partition_file)
-        if not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, rows, indent=None)
-        elif json.loads(file.read_text(encoding="utf-8")) != rows:
+        written: Any = None  # or lost, or damaged
+        with suppress(OSError, ValueError, RecursionError):
+            written = json.loads(file.read_text(encoding="utf-8"))
+        if written not in (None, rows):
             raise ConfigError(
                 f"{file}: clients have other examples there than they would get now; choose "
                 "another --output-dir, or set data and partition as they were"
             )
-        for begun in place.glob("*/run.json"):
-            if checkpoint.run_of(begun.parent)["dataset_sha256"] != data.dataset.content:
-                raise ConfigError(f"{begun.parent}: had other data; choose another --output-dir")
+        for begun in _begun(place):
+            with suppress(CheckpointError):  # it is named when the run's turn comes
+                began = checkpoint.load(begun / checkpoint.NAME, arrays=False)["began"]
+                now = data.dataset.content, checkpoint.digest_of_clients(data.clients)
+                if (began["data"], began["clients"]) != now:
+                    raise ConfigError(f"{begun}: had other data; choose another --output-dir")
+        if written is None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, rows, indent=None)
 
 
 def _check_network(settings: Settings, data: FederatedData) -> None:
@@ -238,31 +242,63 @@ def _check_network(settings: Settings, data: FederatedData) -> None:
 
 
 def _state(place: Path) -> dict[str, Any]:
-    file = place / STATE
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
+    """Return what is written down of a place; nothing, if that is damaged: checkpoints know it."""
+    with suppress(OSError, ValueError, RecursionError):
+        match json.loads((place / STATE).read_text(encoding="utf-8")):
+            case {"settings": dict(), "finished": str() | None} as state:
+                return dict(state)
+    return {}
+
+
+def _begun(place: Path) -> list[Path]:
+    """Return the results folders in a place that have a finished round, the oldest first."""
+    return sorted(file.parent for file in place.glob(f"*/{checkpoint.NAME}"))
 
 
 def finish(planned: Planned, console: Console) -> tuple[Run, bool]:
-    """Return a finished run, run now unless it was before, and whether it was."""
+    """Return a finished run, run now unless it was before, and whether it was.
+
+    Raises
+    ------
+    FedgeError
+        If it fails, or what there is of it is not what it has written.
+    """
     settings, place = planned.settings, planned.place
-    state = _state(place) or {"settings": identity(settings), "finished": None}
-    if state["finished"]:
-        return read_run(place / state["finished"], settings.seed), True
-    place.mkdir(parents=True, exist_ok=True)
-    write_json(place / STATE, state)
-    begun = sorted(file.parent for file in place.glob(f"*/{checkpoint.NAME}"))
-    if begun and checkpoint.load(begun[-1] / checkpoint.NAME)["ended"]:  # and then was killed
-        folder = begun[-1]
-    else:
-        everything = standard_callbacks(console)
-        callbacks = [c for c in everything if not isinstance(c, ConsoleReporter)]
-        if begun:
-            folder = orchestrator.resume(begun[-1], lambda _: callbacks).folder
+    finished = _state(place).get("finished")
+    begun = [place / finished] if finished else _begun(place)
+    try:
+        if begun and _is_over(planned, begun[-1]):
+            folder = begun[-1]
         else:
-            folder = orchestrator.run(settings, callbacks).folder
+            place.mkdir(parents=True, exist_ok=True)
+            _write_state(planned, None)
+            everything = standard_callbacks(console)
+            callbacks = [c for c in everything if not isinstance(c, ConsoleReporter)]
+            if begun:
+                folder = orchestrator.resume(begun[-1], lambda _: callbacks).folder
+            else:
+                folder = orchestrator.run(settings, callbacks).folder
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (to have it run anew, delete {place})") from None
     run = read_run(folder, settings.seed)
-    write_json(place / STATE, {**state, "finished": folder.name})
-    return run, False
+    if not finished:
+        _write_state(planned, folder.name)
+    return run, bool(finished)
+
+
+def _is_over(planned: Planned, folder: Path) -> bool:
+    """Whether a run has ended; its checkpoint must be of this run, and its files whole then."""
+    tree = checkpoint.load(folder / checkpoint.NAME, arrays=False)
+    refuse_other_settings(planned, folder, identity(tree["began"]["settings"]))
+    if tree["ended"]:
+        checkpoint.settings_to_go_on_with(folder, tree)
+        checkpoint.check_files(folder, tree)
+    return bool(tree["ended"])
+
+
+def _write_state(planned: Planned, finished: str | None) -> None:
+    settings = identity(_tables(planned.settings))
+    write_json(planned.place / STATE, {"settings": settings, "finished": finished})
 
 
 def run_all(plan: Sequence[Planned], console: Console) -> tuple[list[Entry], bool]:
@@ -315,9 +351,11 @@ def compare(
     if refused:
         raise ConfigError("; ".join(dict.fromkeys(refused)))
     for planned in plan:
-        refuse_other_settings(planned)
+        if state := _state(planned.place):
+            refuse_other_settings(planned, planned.place / STATE, state["settings"])
     asked = [{"label": v.label, **asdict(v.method), "more": v.more} for v in variants]
-    asked_for = {"methods": asked, "seeds": seeds, "target": target, "base": identity(bases[0])}
+    common_to_all = identity(_tables(bases[0]))
+    asked_for = {"methods": asked, "seeds": seeds, "target": target, "base": common_to_all}
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock", timeout=0).acquire()

@@ -415,8 +415,11 @@ class Settings(Table):
 
 @lru_cache(maxsize=8)
 def settings_from_json(text: str) -> Settings:
-    """Read back what :meth:`Settings.to_json` wrote."""
-    return Settings.model_validate_json(text)
+    """Read back what :meth:`Settings.to_json` wrote; what is none is a ConfigError."""
+    try:
+        return Settings.model_validate_json(text)
+    except ValidationError as error:
+        raise _config_error(error) from None
 
 
 def load_settings(

@@ -22,11 +22,12 @@ from fedge_sim import checkpoint, cloud, records
 from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.asynchronous import ServerRule, Update
 from fedge_sim.algorithms.server_rules import server_rule
+from fedge_sim.checkpoint import Checkpoints
 from fedge_sim.client import initial_model
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
-from fedge_sim.errors import CheckpointError, RoundError
+from fedge_sim.errors import RoundError
 from fedge_sim.reporting.base import Callback, HeldOut, RunInfo, VersionRecord, new_results_folder
 from fedge_sim.runtime.gpu import batch_of
 from fedge_sim.runtime.node import LocalGrid
@@ -173,8 +174,9 @@ class DeviceRun:
         events = timeline(settings, size, size, partial(steps_of_a_job, settings, data))
         folder = new_results_folder(settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
+            self._checkpoints = Checkpoints(folder, settings, data)
             if self._resumed is not None:
-                self._restore(folder, events)
+                self._restore(events)
             done = tuple(self._accuracies)
             self._info = RunInfo(settings, folder, data, sum(self._trainable.values()), done)
             self._follow(events)
@@ -439,7 +441,6 @@ class DeviceRun:
         place = _Places()
         starts, done = self._trainings.state() if stage == "under way" else ({}, {})
         tree: dict[str, Any] = {
-            "ended": stage == "ended",
             "reason": self._reason,
             "seconds": self._seconds(),
             "position": self._position,
@@ -464,16 +465,12 @@ class DeviceRun:
                 for number, t in done.items()
             },
             "models": [dict(start.arrays) for start in place.models],
-            "csv_sizes": checkpoint.csv_sizes(self._info.folder),
         }
-        checkpoint.save(self._info.folder / checkpoint.NAME, tree)
+        self._checkpoints.save(tree, ended=stage == "ended")
 
-    def _restore(self, folder: Path, events: Iterator[Event]) -> None:
+    def _restore(self, events: Iterator[Event]) -> None:
         """Go back to a run's checkpoint: its timeline is the same again up to there."""
-        tree: Any = checkpoint.load(folder / checkpoint.NAME)
-        if self._data.content != checkpoint.run_of(folder)["dataset_sha256"]:
-            raise CheckpointError(f"{folder}: the data are not those that the run began with")
-        checkpoint.truncate_csvs(folder, tree["csv_sizes"])
+        tree = self._checkpoints.restore()
         models = [Start(arrays) for arrays in tree["models"]]
         for server, saved in zip(self._servers, tree["servers"], strict=True):
             server.model = models[saved["model"]]
@@ -493,6 +490,7 @@ class DeviceRun:
             if isinstance(event, Dispatched):
                 begun += [(j, starts[j.number]) for j in event.jobs if j.number in starts]
         self._trainings.restore(begun, done)
+        self._checkpoints.cut_back(tree)
         log.info("resumed after %d updates", self._updates)
 
 

@@ -14,25 +14,18 @@ import numpy as np
 import polars as pl
 import typer
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from fedge_sim.errors import FedgeError, TimelineError
 from fedge_sim.records import TRAIN
 from fedge_sim.reporting.picture import EVALUATION, TRAINING, draw, span
-from fedge_sim.reporting.timeline import COLUMNS, TIMELINE, WORKERS
+from fedge_sim.reporting.timeline import COLUMNS, TIMELINE, WORKERS, Told, read_told
 
 DRAWN_ROUNDS = 3  # the last ones, unless rounds are asked for
 MOST_ROWS = 2000  # of the table; the total is of all
 FORMATS = (".png", ".pdf", ".svg")
-
-
-class Told(NamedTuple):
-    """The workers that a grid had from some time on, in seconds since the run's start."""
-
-    told_s: float
-    workers: list[str]
 
 
 # ---------------------------------------------------------------------- reading
@@ -126,9 +119,11 @@ def read_workers(file: Path, timeline: pl.DataFrame) -> list[Told]:
     told: list[Told] = []
     if file.exists():
         try:
-            told = TypeAdapter(list[Told]).validate_json(_read(file))
+            told = read_told(file)
         except ValidationError as error:
             raise TimelineError(f"{file}: damaged ({error.errors()[0]['msg']})") from None
+        except OSError as error:
+            raise _cannot_read(file, error) from None
     if any(entry.workers for entry in told):
         return sorted(told)
     return [Told(0.0, timeline["worker"].unique().sort().to_list())]
@@ -138,7 +133,11 @@ def _read(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise TimelineError(f"{file}: cannot be read ({error.strerror})") from None
+        raise _cannot_read(file, error) from None
+
+
+def _cannot_read(file: Path, error: OSError) -> TimelineError:
+    return TimelineError(f"{file}: cannot be read ({error.strerror})")
 
 
 # ---------------------------------------------------------------------- figures

@@ -4,7 +4,6 @@
 runs the same class over Flower's grid (:mod:`fedge_sim.server_app`).
 """
 
-import json
 import logging
 import math
 import os
@@ -25,9 +24,10 @@ from torch import nn
 from fedge_sim import checkpoint, cloud, records
 from fedge_sim.algorithms.fedprox import proximal_mu
 from fedge_sim.algorithms.personal import personal_names
+from fedge_sim.checkpoint import Checkpoints
 from fedge_sim.client import initial_model
 from fedge_sim.cloud import CloudState
-from fedge_sim.config import Settings, environment_seed, load_settings, settings_from_json
+from fedge_sim.config import Settings, environment_seed, load_settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.device_run import DeviceRun, steps_of_a_job
 from fedge_sim.errors import CheckpointError, ConfigError, FedgeError, StalledError
@@ -118,10 +118,12 @@ class Orchestrator:
         leaves = self._leaf_servers(model, roster, data)
         folder = new_results_folder(self.settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
-            if self._resumed is not None:
-                state = self._restore(folder, leaves, data)
+            self._checkpoints = Checkpoints(folder, self.settings, data)
+            if self._resumed is None:
+                self._keep_client_state(folder, None)
+            else:
+                state = self._restore(folder, leaves)
                 log.info("resumed after round %d of %d", state.global_round, h.global_rounds)
-            self._keep_client_state(folder, state)
             done = tuple(self._accuracies)
             info = RunInfo(self.settings, folder, data, sum(trainable.values()), done)
             return Result(folder, self._rounds(info, state, leaves))
@@ -139,7 +141,7 @@ class Orchestrator:
                 self._accuracies.append(record.mean_client_accuracy)
                 reasons = [callback.on_round_end(record) for callback in self.callbacks]
                 reason = next(filter(None, reasons), "")
-                self._save(info.folder, state, leaves, ended=bool(reason))
+                self._save(state, leaves, ended=bool(reason))
             if reason:
                 log.info("ended after round %d: %s", state.global_round, reason)
             for callback in self.callbacks:
@@ -182,50 +184,44 @@ class Orchestrator:
 
     # ------------------------------------------------------------------ saving and resuming
 
-    def _keep_client_state(self, folder: Path, state: CloudState) -> None:
+    def _keep_client_state(self, folder: Path, saved: Mapping[str, Any] | None) -> None:
         """Let our own grids keep what clients remember; Flower's nodes do it themselves."""
-        h = self.settings.hierarchy
         if is_stateful(self.settings) and isinstance(self.grid, LocalGrid):
-            done = state.global_round * h.server_rounds_per_global
-            if done and not (folder / "state").exists():
-                raise CheckpointError(f"{folder / 'state'}: what clients keep is not there")
-            self._client_state = StateFile(folder / "state", h.num_clients, committed=done)
+            num_clients = self.settings.hierarchy.num_clients
+            self._client_state = StateFile(folder / "state", num_clients, saved)
             self.grid.keep_state(self._client_state)
 
-    def _save(
-        self, folder: Path, state: CloudState, leaves: Sequence[LeafServer], *, ended: bool
-    ) -> None:
+    def _save(self, state: CloudState, leaves: Sequence[LeafServer], *, ended: bool) -> None:
         """Write the checkpoint of a round that is done, in the place of the one before.
 
         None where Flower's nodes keep what clients remember: it ends with the run.
         """
-        h = self.settings.hierarchy
-        if is_stateful(self.settings) and not isinstance(self.grid, LocalGrid):
+        h, kept = self.settings.hierarchy, self._client_state
+        if is_stateful(self.settings) and kept is None:
             return
+        flat_round = state.global_round * h.server_rounds_per_global
         tree: dict[str, Any] = {
-            "ended": ended or state.global_round == h.global_rounds,
             "accuracies": self._accuracies,
             "now": self._now,
             "pool": {} if self._pool is None else self._pool.state(),
             "cloud": vars(state),
             "leaves": [leaf.state() for leaf in leaves],
-            "csv_sizes": checkpoint.csv_sizes(folder),
+            "states": None if kept is None else kept.state(flat_round),
         }
-        checkpoint.save(folder / checkpoint.NAME, tree)
-        if self._client_state is not None:
-            self._client_state.commit(state.global_round * h.server_rounds_per_global)
+        self._checkpoints.save(tree, ended=ended or state.global_round == h.global_rounds)
+        if kept is not None:
+            kept.commit(flat_round)
 
-    def _restore(self, folder: Path, leaves: Sequence[LeafServer], data: DataSummary) -> CloudState:
+    def _restore(self, folder: Path, leaves: Sequence[LeafServer]) -> CloudState:
         """Go back to a run's checkpoint; rows of the round that was under way are dropped."""
-        tree: Any = checkpoint.load(folder / checkpoint.NAME)
-        if data.content != checkpoint.run_of(folder)["dataset_sha256"]:
-            raise CheckpointError(f"{folder}: the data are not those that the run began with")
+        tree = self._checkpoints.restore()
+        self._keep_client_state(folder, tree["states"])
         for leaf, saved in zip(leaves, tree["leaves"], strict=True):
             leaf.restore(saved)
-        checkpoint.truncate_csvs(folder, tree["csv_sizes"])
         self._accuracies, self._now = tree["accuracies"], tree["now"]
         if self._pool is not None:
             self._pool.restore(tree["pool"])
+        self._checkpoints.cut_back(tree)
         return CloudState(**tree["cloud"])
 
     # ------------------------------------------------------------------ a round
@@ -484,9 +480,10 @@ def resume(folder: Path, callbacks: Callable[[Settings], Sequence[Callback]]) ->
             f"{checkpoint.NAME})"
         )
     folder = file.parent
-    if checkpoint.load(file)["ended"]:
+    tree = checkpoint.load(file, arrays=False)
+    if tree["ended"]:
         raise CheckpointError(f"{folder}: the run is finished, there is nothing to resume")
-    settings = settings_from_json(json.dumps(checkpoint.run_of(folder)["settings"]))
+    settings = checkpoint.settings_to_go_on_with(folder, tree)
     return run(settings, callbacks(settings), folder)
 
 

@@ -1,16 +1,23 @@
-"""Checkpoints: what is saved comes back, damage is told, tables are cut back."""
+"""Checkpoints: what is saved comes back, damage is told, files are cut back."""
 
+import json
+import os
 import struct
+import zlib
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from safetensors.numpy import save_file
 
 from fedge_sim import checkpoint
-from fedge_sim.checkpoint import csv_sizes, load, save, truncate_csvs
+from fedge_sim.checkpoint import Checkpoints, load, save, settings_to_go_on_with
+from fedge_sim.config import load_settings
+from fedge_sim.data.base import ClientData, DataSummary
 from fedge_sim.errors import CheckpointError
 
 DTYPES = ("f2", "f4", "f8", "i1", "i4", "i8", "u1", "u8", "?")
@@ -118,7 +125,16 @@ def test_one_wrong_bit_anywhere_is_told(tmp_path, bit):
         with suppress(CheckpointError):  # blanks of the header may change
             if not same(load(wrong), STATE):
                 unnoticed.append(place)
+            if load(wrong, arrays=False)["losses"][0] != 1.5:
+                unnoticed.append(place)
     assert not unnoticed
+
+
+def test_a_checkpoint_is_read_without_its_arrays(file):
+    save(file, STATE)
+    found = load(file, arrays=False)
+    assert found["model"] == {"w": None, "steps": None}
+    assert (found["round"], found["labels"]) == (3, (0, 1, 1))
 
 
 def test_the_checkpoint_of_another_version_is_told(tmp_path, monkeypatch):
@@ -128,6 +144,10 @@ def test_the_checkpoint_of_another_version_is_told(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="another version of fedge-sim"):
         load(file)
+    # As format 3 was written: one digest of all.
+    save_file({"0": np.zeros(3)}, file, {"tree": '[3, {"array": "0"}]', "sha256": "f00d"})
+    with pytest.raises(CheckpointError, match=r"another version of fedge-sim .* start a new run"):
+        load(file)
 
 
 def test_a_pickle_is_not_opened(tmp_path):
@@ -136,45 +156,174 @@ def test_a_pickle_is_not_opened(tmp_path):
         load(tmp_path / "state.npy")
 
 
-# ------------------------------------------------------------------ tables
-
-
-@pytest.fixture
-def results(tmp_path):
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "a.csv").write_bytes(b"round\n1\n")
-    (tmp_path / "b.csv").write_bytes(b"x\n")
-    (tmp_path / "c.json").write_bytes(b"{}")
-    return tmp_path
-
-
-def test_tables_are_cut_back_to_what_they_were(results):
-    sizes = csv_sizes(results)
-    assert sizes == {"metrics/a.csv": 8, "b.csv": 2}
-    with (results / "metrics" / "a.csv").open("a") as stream:
-        stream.write("2\n")
-    (results / "metrics" / "new.csv").write_text("round\n")
-    (results / "c.json").write_text("[1]")
-    truncate_csvs(results, sizes)
-    assert csv_sizes(results) == sizes
-    assert (results / "metrics" / "a.csv").read_bytes() == b"round\n1\n"
-    assert (results / "c.json").read_text() == "[1]"
-
-
-def test_tables_that_lost_lines_are_told_and_nothing_is_cut(results):
-    sizes = csv_sizes(results)
-    (results / "new.csv").touch()
-    (results / "metrics" / "a.csv").write_bytes(b"rou")
-    with pytest.raises(CheckpointError, match=r"a\.csv: must have 8 bytes .* and has 3"):
-        truncate_csvs(results, sizes)
-    (results / "metrics" / "a.csv").unlink()
-    with pytest.raises(CheckpointError, match=r"a\.csv: .* and is missing"):
-        truncate_csvs(results, sizes)
-    assert (results / "new.csv").exists()
-
-
 def test_an_array_in_several_places_is_written_once(tmp_path):
     model = {"w": np.zeros(10_000)}
     save(tmp_path / "once", {"one": model, "other": [model, model]})
     assert (tmp_path / "once").stat().st_size < 2 * model["w"].nbytes
     np.testing.assert_array_equal(load(tmp_path / "once")["other"][1]["w"], model["w"])
+
+
+# ------------------------------------------------------------------ of a run
+
+CLIENTS = (ClientData(np.arange(3), np.array([3])), ClientData(np.arange(5, 7), np.array([4])))
+DATA = DataSummary(CLIENTS, (6, 100), ("a", "b"), (), "f00d")
+SETTINGS = load_settings()
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A results folder, as a run has it after a round."""
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "a.csv").write_bytes(b"round\n1\n")
+    (tmp_path / "b.csv").write_bytes(b"x\n")
+    (tmp_path / "clusters_g1.json").write_bytes(b"[0]")
+    (tmp_path / "cluster_history.json").write_bytes(b"[[0]]")
+    run = {"settings": SETTINGS.model_dump(mode="json", by_alias=True), "classes": ["a", "b"]}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    return tmp_path
+
+
+def checkpoints(folder, settings=SETTINGS, data=DATA):
+    return Checkpoints(folder, settings, data)
+
+
+def test_files_are_cut_back_to_what_they_were(results):
+    first = checkpoints(results)
+    first.save({"round": 1}, ended=False)
+    files = [results / "metrics" / "a.csv", results / "b.csv", results / "clusters_g1.json"]
+    before = {file: file.read_bytes() for file in files}
+    for file in files[:2]:
+        with file.open("a") as stream:
+            stream.write("2\n")
+    (results / "metrics" / "new.csv").write_text("round\n")
+    (results / "clusters_g2.json").write_text("[0]")
+    (results / "cluster_history.json").write_text("[1]")
+    after = checkpoints(results)
+    tree = after.restore()
+    assert tree["round"] == 1
+    assert files[1].read_bytes() == b"x\n2\n"  # nothing is changed yet
+    after.cut_back(tree)
+    assert {file: file.read_bytes() for file in files} == before
+    assert not (results / "metrics" / "new.csv").exists()
+    assert not (results / "clusters_g2.json").exists()
+    assert (results / "cluster_history.json").read_text() == "[1]"
+
+
+def test_only_what_was_added_is_read_for_a_checkpoint(results, monkeypatch):
+    both = checkpoints(results)
+    both.save({}, ended=False)
+    table = results / "metrics" / "a.csv"
+    summed = []
+    monkeypatch.setattr(zlib, "crc32", lambda data, *a, real=zlib.crc32: (
+        summed.append(data), real(data, *a)
+    )[1])  # fmt: skip
+    for number in (2, 3):
+        with table.open("a") as stream:
+            stream.write(f"{number}\n")
+        both.save({}, ended=False)
+    assert summed == [b"2\n", b"3\n"]
+    monkeypatch.undo()
+    assert checkpoints(results).restore()["files"]["metrics/a.csv"] == (
+        12,
+        zlib.crc32(b"round\n1\n2\n3\n"),
+    )
+
+
+def test_a_file_that_is_written_anew_is_read_anew(results):
+    both = checkpoints(results)
+    both.save({}, ended=False)
+    for text in ("round\n9\n", "r\n", ""):
+        (results / "metrics" / "a.csv").write_text(text)
+        os.utime(results / "metrics" / "a.csv", ns=(1, len(text)))
+        both.save({}, ended=False)
+        assert checkpoints(results).restore()["files"]["metrics/a.csv"][0] == len(text)
+
+
+def test_what_replaces_itself_is_known_at_the_end(results):
+    both = checkpoints(results)
+    both.save({}, ended=True)
+    assert both.restore()["ended"]
+    (results / "cluster_history.json").write_bytes(b"[[1]]")
+    with pytest.raises(CheckpointError, match=r"cluster_history\.json: is not what the run has"):
+        both.restore()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "metrics/a.csv").unlink(), r"metrics/a\.csv: No such file"),
+        (lambda f: (f / "metrics/a.csv").write_bytes(b"rou"), r"a\.csv: has 3 bytes, and .* 8;"),
+        (lambda f: (f / "metrics/a.csv").write_bytes(b"round\n2\n"), r"a\.csv: is not what"),
+        (lambda f: (f / "clusters_g1.json").unlink(), r"clusters_g1\.json: No such file"),
+        (lambda f: (f / "run.json").unlink(), r"run\.json: cannot be read: .*No such file"),
+        (lambda f: (f / "run.json").write_text("{"), r"run\.json: cannot be read: "),
+        (lambda f: (f / "run.json").write_text("[" * 10**5), r"run\.json: cannot be read: "),
+        (lambda f: (f / "run.json").write_bytes(b"\xff"), r"run\.json: cannot be read: "),
+        (lambda f: (f / "run.json").write_text("[]"), r"run\.json: .* it holds no table"),
+        (lambda f: edit(f, "settings", 3), r"run\.json: the run began with settings = \{.* now 3;"),
+        (lambda f: edit(f, "settings", None), r"run\.json: the run began with settings"),
+        (lambda f: edit(f, "settings.app", []), r"run\.json: the run began with app = .* now \[\];"),
+        (
+            lambda f: edit(f, "settings.hierarchy.momentum", 0.8),
+            r"run\.json: the run began with hierarchy\.momentum = 0\.9, now 0\.8; put it back",
+        ),
+        (
+            lambda f: edit(f, "settings.hierarchy.num_servers", True),
+            r"hierarchy\.num_servers = 3, now true;",
+        ),
+        (lambda f: edit(f, "settings.hierarchy.mine", 1), r"hierarchy\.mine = null, now 1;"),
+        (lambda f: edit(f, "settings.app.config.data-root", 1), r"run\.json: \[app\.config\] data-root"),
+        (lambda f: edit(f, "classes", ["a", "c"]), r"run\.json: classes is not what the run wrote"),
+    ],
+)  # fmt: skip
+def test_what_is_not_as_the_run_left_it_is_named_and_nothing_is_cut(results, damage, message):
+    checkpoints(results).save({}, ended=False)
+    damage(results)
+    (results / "new.csv").touch()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoints(results).restore()
+    assert "\n" not in str(caught.value)
+    assert (results / "new.csv").exists()
+
+
+def edit(folder, path, value):
+    """Change one value in a run.json."""
+    run = json.loads((folder / "run.json").read_text())
+    *tables, key = path.split(".")
+    table = run
+    for name in tables:
+        table = table[name]
+    table[key] = value
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def test_files_may_have_moved(results):
+    checkpoints(results).save({}, ended=False)
+    edit(results, "settings.app.config.data-root", "/elsewhere")
+    tree = load(results / checkpoint.NAME, arrays=False)
+    moved = settings_to_go_on_with(results, tree)
+    assert moved.data.data_root == "/elsewhere"
+    assert moved == SETTINGS.with_data_root("/elsewhere")
+    checkpoints(results, moved).restore()
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "message"),
+    [
+        (load_settings(assignments=["hierarchy.lr_init=0.06"]), DATA, "lr_init = 0.05, now 0.06"),
+        (SETTINGS, replace(DATA, content="beef"), "the data are not those that the run began with"),
+        (SETTINGS, replace(DATA, clients=CLIENTS[::-1]), "clients have other examples"),
+        (SETTINGS, replace(DATA, clients=CLIENTS[:1]), "clients have other examples"),
+    ],
+)
+def test_a_run_goes_on_as_it_began(results, settings, data, message):
+    checkpoints(results).save({}, ended=False)
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints(results, settings, data).restore()
+    assert checkpoints(results).restore()["ended"] is False
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written to"), checkpoint.at_work(tmp_path):
+        pass

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedge_sim import orchestrator
+from fedge_sim import checkpoint, orchestrator
 from fedge_sim.compare import ALL_ROUNDS, compare, deal, parse_seeds, parse_variants, plan_run, toml
 from fedge_sim.config import load_settings
 from fedge_sim.data import federate
@@ -183,11 +183,45 @@ def test_other_settings_are_a_conflict(copied, more, message):
 
 
 def test_other_data_are_a_conflict(copied):
-    (file,) = copied.glob("runs/fedge/seed_42/*/run.json")
-    run = json.loads(file.read_text())
-    file.write_text(json.dumps({**run, "dataset_sha256": "0" * 64}))
-    with pytest.raises(ConfigError, match="had other data; choose another --output-dir"):
-        call(copied)
+    (file,) = copied.glob(f"runs/fedge/seed_42/*/{checkpoint.NAME}")
+    tree = checkpoint.load(file)
+    for key in ("data", "clients"):
+        checkpoint.save(file, {**tree, "began": {**tree["began"], key: "0" * 64}})
+        with pytest.raises(ConfigError, match="had other data; choose another --output-dir"):
+            call(copied)
+
+
+def test_a_run_in_the_place_of_another_is_no_run_of_this_one(copied):
+    """Its folder was copied there, or what says which run it is was lost."""
+    (other,) = copied.glob("runs/fedavg/seed_42/*/")
+    (own,) = copied.glob("runs/fedge/seed_42/*/")
+    shutil.rmtree(own)
+    shutil.copytree(other, own)
+    message = (
+        r"Fedge, seed 42: .*there is a run with other settings \(hierarchy\.num_servers = 1, now 3"
+    )
+    for lose in (lambda: None, lambda: (copied / "runs/fedge/seed_42/state.json").unlink()):
+        lose()
+        printed, failed = call(copied)
+        assert failed
+        assert re.search(message, printed)
+
+
+def test_results_that_lost_rows_are_not_taken(copied):
+    (file,) = copied.glob("runs/fedge/seed_42/*/metrics/seed_42/clients.csv")
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:-3]))
+    printed, failed = call(copied)
+    assert failed
+    place = copied / "runs" / "fedge" / "seed_42"
+    assert re.search(
+        rf"Fedge, seed 42: .*clients\.csv: has .* to have it run anew, delete {place}", printed
+    )
+    shutil.rmtree(place)
+    table = (copied / "table.csv").read_text()
+    assert not call(copied)[1]
+    assert (copied / "table.csv").read_text() != table
+    assert pl.read_csv(copied / "table.csv")["runs"].to_list() == [2, 2]
 
 
 def test_two_comparisons_at_a_time(copied):

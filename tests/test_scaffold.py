@@ -125,7 +125,8 @@ def test_zero_variates_are_fedavg(small):
 def kept_variates(result, settings):
     """Return c_i of every client that has one, from the file."""
     h = settings.hierarchy
-    states = StateFile(result.folder / "state", h.num_clients, committed=10**6)
+    saved = checkpoint.load(result.folder / checkpoint.NAME)["states"]
+    states = StateFile(result.folder / "state", h.num_clients, saved)
     found = [states.read(client) for client in range(h.num_clients)]
     states.close()
     return [None if record is None else to_arrays(record) for record in found]

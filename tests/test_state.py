@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ import numpy as np
 import psutil
 import pytest
 import ray
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from fedge_sim import records
+from fedge_sim import checkpoint, records
 from fedge_sim.config import load_settings
-from fedge_sim.errors import StateError
+from fedge_sim.errors import CheckpointError, StateError
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.runtime.state import StateFile
 from tests import counting
@@ -80,17 +82,19 @@ def test_a_record_comes_back_as_it_was(tmp_path, opened):
 def test_what_was_committed_is_kept_until_the_next_commit(opened):
     states = opened(2)
     states.write(0, record(10), 1)
+    saved = states.state(1)
     states.commit(1)
     for flat_round in (2, 3, 3):
         states.write(0, record(10 * flat_round), flat_round)
         states.write(1, record(7), flat_round)
     assert [value(states.read(client)) for client in (0, 1)] == [30, 7]
-    again = opened(2, 1)  # as after a kill
+    again = opened(2, saved)  # as after a kill
     assert [value(again.read(client)) for client in (0, 1)] == [10, None]
     again.write(0, record(40), 2)
+    saved = again.state(2)
     again.commit(2)
     again.close()
-    assert value(opened(2, 2).read(0)) == 40
+    assert value(opened(2, saved).read(0)) == 40
     with pytest.raises(ValueError, match="round 2 is not after the committed 2"):
         again.write(0, record(50), 2)
 
@@ -103,25 +107,127 @@ def test_another_layout_is_an_error(opened):
     with pytest.raises(StateError, match="client 1 has None, others"):
         states.write(1, records.to_record({"w": np.ones(3, np.float32)}), 1)
     with pytest.raises(StateError, match="the state of client 0 has"):
-        opened(2).write(0, record(1, shape=(4,)), 1)
+        opened(2, states.state(1)).write(0, record(1, shape=(4,)), 2)
 
 
-def test_damaged_files_and_other_numbers_of_clients(tmp_path, opened):
-    opened(2).write(0, record(1), 1)
-    with pytest.raises(StateError, match=r"of 2 clients, and must be .* of 3"):
-        opened(3, 1)
-    states = opened(2, 1)
-    os.truncate(tmp_path / "state" / "clients.bin", 4096)
-    with pytest.raises(StateError, match="cannot be read"):
-        states.read(0)
-    with pytest.raises(StateError, match=r"4096 bytes .* must be 41"):
-        opened(2, 1)
-    (tmp_path / "state" / "clients.bin").unlink()
-    with pytest.raises(StateError, match="the states are damaged"):
-        opened(2, 1)
-    (tmp_path / "state" / "layout.json").write_text("[2]")
-    with pytest.raises(StateError, match="the states are damaged"):
-        opened(2, 1)
+CLIENTS, SIZE = 3, 400_000  # float32 numbers of a record
+
+
+def overwrite(file, place, data):
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(data)
+
+
+def flip(file, bit):
+    byte = file.read_bytes()[bit // 8]
+    overwrite(file, bit // 8, bytes([byte ^ 1 << bit % 8]))
+
+
+def slot_of(client, slot):
+    """Return where a slot of :func:`record` begins."""
+    return (2 * client + slot) * (4 * SIZE + 8)
+
+
+def swap_in_the_round_before(folder):
+    """Client 1's newest record is in its second slot, the one of the round before in the first."""
+    file = folder / "clients.bin"
+    data = file.read_bytes()
+    overwrite(file, slot_of(1, 1), data[slot_of(1, 0) : slot_of(1, 1)])
+
+
+def of_another_run(folder):
+    """What another run wrote, with as many clients and the same layout."""
+    with closing(StateFile(folder, CLIENTS)) as states:
+        for flat_round in (1, 2, 3):
+            for client in range(CLIENTS):
+                states.write(client, record(10 * flat_round + client + 1, (SIZE,)), flat_round)
+            states.commit(flat_round)
+
+
+def written_again(file):
+    layout = file.read_text()
+    file.write_text(layout.replace("<f4", "<i4"))
+
+
+DAMAGES = {
+    "no folder": (shutil.rmtree, "No such file"),
+    "no layout": (lambda f: (f / "layout.json").unlink(), r"No such file .*layout\.json"),
+    "half a layout": (lambda f: os.truncate(f / "layout.json", 20), r"layout\.json: is not what"),
+    "empty layout": (lambda f: os.truncate(f / "layout.json", 0), r"layout\.json: is not what"),
+    "another type": (lambda f: (f / "layout.json").write_text("7"), r"layout\.json: is not what"),
+    "no UTF-8": (lambda f: (f / "layout.json").write_bytes(b"\xff"), r"layout\.json: is not what"),
+    "deep": (lambda f: (f / "layout.json").write_text("[" * 10**5), r"layout\.json: is not what"),
+    "other layout": (lambda f: written_again(f / "layout.json"), r"layout\.json: is not what"),
+    "no file": (lambda f: (f / "clients.bin").unlink(), r"No such file .*clients\.bin"),
+    "cut short": (
+        lambda f: os.truncate(f / "clients.bin", slot_of(3, 0) - 1),
+        r"clients\.bin: the state of client 2 is not what was written in round 3",
+    ),
+    "empty": (lambda f: os.truncate(f / "clients.bin", 0), "the state of client 0 is not"),
+    "zeros": (
+        lambda f: overwrite(f / "clients.bin", 0, bytes(slot_of(CLIENTS, 0))),
+        "the state of client 0 is not",
+    ),
+    "one bit": (
+        lambda f: flip(f / "clients.bin", 8 * slot_of(1, 1) + 12_345_678),
+        "the state of client 1 is not",
+    ),
+    "round before": (swap_in_the_round_before, "the state of client 1 is not"),
+    "another run": (of_another_run, "the state of client 0 is not"),
+}
+
+
+@pytest.fixture
+def kept(tmp_path, opened):
+    """The states of three rounds, and what the last one's checkpoint knows of them."""
+    states = opened(CLIENTS)
+    for flat_round in (1, 2, 3):
+        for client in range(CLIENTS):
+            states.write(client, record(10 * flat_round + client, (SIZE,)), flat_round)
+        saved = states.state(flat_round)
+        states.commit(flat_round)
+    return states, saved
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_lost_or_damaged_is_not_gone_on_from(tmp_path, opened, kept, damage):
+    (tmp_path / "state").rename(tmp_path / "before")
+    shutil.copytree(tmp_path / "before", tmp_path / "state")
+    assert [value(opened(CLIENTS, kept[1]).read(c)) for c in range(CLIENTS)] == [30, 31, 32]
+    damaging, message = DAMAGES[damage]
+    damaging(tmp_path / "state")
+    with pytest.raises(CheckpointError, match=message) as caught:
+        opened(CLIENTS, kept[1])
+    assert "\n" not in str(caught.value)
+    assert "put it back, or start a new run" in str(caught.value)
+
+
+def test_other_numbers_of_clients(opened, kept):
+    with pytest.raises(CheckpointError, match=r"layout\.json: is not what the run wrote"):
+        opened(CLIENTS + 1, kept[1])
+
+
+@given(st.integers(0, CLIENTS - 1), st.integers(0, 32 * SIZE + 63))
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_one_wrong_bit_is_found_where_a_state_is_read(tmp_path, kept, client, bit):
+    """While the run goes on; bits of the slots that are nobody's newest do not matter."""
+    states, file = kept[0], tmp_path / "state" / "clients.bin"
+    message = rf"clients\.bin: the state of client {client} is not what was written in round 3"
+    flip(file, 8 * slot_of(client, 1) + bit)
+    with pytest.raises(StateError, match=message):
+        states.read(client)
+    flip(file, 8 * slot_of(client, 1) + bit)
+    flip(file, 8 * slot_of(client, 0) + bit)
+    assert value(states.read(client)) == 30 + client
+    flip(file, 8 * slot_of(client, 0) + bit)
+
+
+def test_records_of_nothing(opened):
+    states = opened(2)
+    states.write(1, records.to_record({}), 1)
+    assert len(states.read(1)) == 0
+    assert opened(2, states.state(1)).read(0) is None
 
 
 @contextmanager
@@ -159,26 +265,26 @@ steps = st.lists(
 def test_a_kill_goes_back_to_the_last_commit_and_nothing_else_does(steps):
     with TemporaryDirectory() as folder, ExitStack() as stack:
 
-        def opened(committed):
-            return stack.enter_context(closing(StateFile(Path(folder), 3, committed)))
+        def opened(saved=None):
+            return stack.enter_context(closing(StateFile(Path(folder), 3, saved)))
 
-        states = opened(0)
-        committed, flat_round, kept, now = 0, 1, {}, {}
+        states = opened()
+        saved, flat_round, kept, now = None, 1, {}, {}
         for number, (step, who) in enumerate(steps):
             if step == "write":
                 states.write(who, record(number), flat_round)
                 now[who] = number
             elif step == "commit":
+                saved, kept = states.state(flat_round), dict(now)
                 states.commit(flat_round)
-                committed, kept = flat_round, dict(now)
             if step in ("commit", "next round"):
                 flat_round += 1
             if step == "kill while it writes":
                 with pytest.raises(StateError), mock.patch("os.pwrite", write_half):
                     states.write(who, record(-number), flat_round)
             if step.startswith("kill"):
-                states = opened(committed)
-                flat_round, now = committed + 1, dict(kept)
+                states = opened(saved)
+                flat_round, now = (saved["round"] if saved else 0) + 1, dict(kept)
             assert [value(states.read(c)) for c in range(3)] == [now.get(c) for c in range(3)]
 
 
@@ -190,6 +296,7 @@ def write_half(file, data, start, pwrite=os.pwrite):
 WRITER = """
 import sys
 from pathlib import Path
+from fedge_sim import checkpoint
 from fedge_sim.runtime.state import StateFile
 from tests.test_state import record
 
@@ -197,6 +304,7 @@ states = StateFile(Path(sys.argv[1]), 20)
 for flat_round in range(1, 10**6):
     for client in range(20):
         states.write(client, record(100 * flat_round + client, (5000,)), flat_round)
+    checkpoint.save(Path(sys.argv[1]) / "saved", states.state(flat_round))
     states.commit(flat_round)
     print(flat_round, flush=True)
 """
@@ -208,9 +316,11 @@ def test_a_process_that_is_killed_leaves_the_committed_round(tmp_path):
         lines = [process.stdout.readline() for _ in range(50)]
         process.send_signal(signal.SIGKILL)
         committed = int((lines + process.stdout.read().split())[-1])
-    with closing(StateFile(tmp_path, 20, committed)) as states:
+    saved = checkpoint.load(tmp_path / "saved")
+    assert saved["round"] in (committed, committed + 1)  # it may have died before it said so
+    with closing(StateFile(tmp_path, 20, saved)) as states:
         found = [value(states.read(client)) for client in range(20)]
-    assert found == [100 * committed + client for client in range(20)]
+    assert found == [100 * saved["round"] + client for client in range(20)]
 
 
 def test_many_states_stay_out_of_memory(tmp_path, opened):

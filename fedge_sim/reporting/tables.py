@@ -67,7 +67,8 @@ class ClusterFiles:
     Parameters
     ----------
     info : RunInfo
-        Of a run that may be resumed: what it wrote later is written anew.
+        Of a run that may be resumed: it has an accuracy for each of the cloud's steps that are
+        done, whose files are read; what it wrote later is written anew.
     """
 
     def __init__(self, info: RunInfo) -> None:
@@ -75,15 +76,14 @@ class ClusterFiles:
         self._folder = info.folder / "clusters"
         self._folder.mkdir(exist_ok=True)
         self._file = info.folder / "metrics" / f"seed_{info.settings.seed}" / "cluster_history.json"
-        self._history: list[dict[str, Any]] = []
-        if self._file.exists():
-            self._history = json.loads(self._file.read_text("utf-8"))
+        steps = range(1, len(info.accuracies) + 1)
+        files = (self._folder / f"clusters_g{number}.json" for number in steps)
+        self._history = [json.loads(file.read_text("utf-8")) for file in files]
 
     def write(self, number: int, state: CloudState, simulated_seconds: float) -> float | None:
         """Add the cloud's step of a number, from 1; return its agreement with planted groups."""
         settings, data = self._info.settings, self._info.data
         cluster = settings.cloud_cluster
-        self._history = self._history[: number - 1]
         before = self._history[-1]["labels"] if self._history else []
         truth = agreement_with_groups(state.labels, settings.hierarchy.leaf_clients, data.groups)
         entry: dict[str, Any] = {

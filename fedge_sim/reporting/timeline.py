@@ -2,16 +2,34 @@
 
 import csv
 import io
-import json
+import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
+
+from pydantic import FiniteFloat, TypeAdapter
 
 from fedge_sim.reporting.base import Callback, ClientDone, RoundRecord, RunInfo, VersionRecord
 from fedge_sim.reporting.tables import write_json
 
+log = logging.getLogger(__name__)
+
 TIMELINE, WORKERS = "timeline.csv", "workers.json"
 COLUMNS = ("round", "purpose", "leaf", "client", "worker", "start_s", "end_s")
+
+
+class Told(NamedTuple):
+    """The workers that a grid had from some time on, in seconds since the run's start."""
+
+    told_s: FiniteFloat
+    workers: list[str]
+
+
+def read_told(file: Path) -> list[Told]:
+    """Read ``workers.json``; raises OSError, or ValueError if it is damaged."""
+    return TypeAdapter(list[Told]).validate_json(file.read_bytes())
 
 
 class TimelineWriter(Callback):
@@ -48,13 +66,23 @@ class TimelineWriter(Callback):
             with (self._folder / TIMELINE).open(newline="", encoding="utf-8") as file:
                 ends = [float(row["end_s"]) for row in csv.DictReader(file)]
             self._start -= max(ends, default=0.0)
-            earlier = json.loads((self._folder / WORKERS).read_text(encoding="utf-8"))
-            before = [(self._start + entry["told_s"], entry["workers"]) for entry in earlier]
             with self._lock:
-                self._told = before + self._told
+                self._told = self._told_before() + self._told
         else:
             self._append([COLUMNS])
         self._write_workers()
+
+    def _told_before(self) -> list[tuple[float, list[str]]]:
+        """Return who worked before the run was resumed; no result needs it."""
+        try:
+            told = read_told(self._folder / WORKERS)
+        except (OSError, ValueError):
+            file = self._folder / WORKERS
+            log.warning(
+                "%s: is missing or damaged, and begun anew: who worked before is lost", file
+            )
+            return []
+        return [(self._start + entry.told_s, entry.workers) for entry in told]
 
     def on_round_end(self, record: RoundRecord) -> None:
         """Add what was done in the round."""

@@ -70,7 +70,8 @@ class WeightWriter(Callback):
             },
         )
         for file in self._folder.glob("cluster_*.safetensors"):
-            if int(file.stem.removeprefix("cluster_")) >= len(state.cluster_models):
+            k_there = file.stem.removeprefix("cluster_")
+            if k_there.isdecimal() and int(k_there) >= len(state.cluster_models):
                 file.unlink()
 
 

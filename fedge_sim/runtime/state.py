@@ -1,12 +1,16 @@
 """The clients' states, in one file: memory does not grow with the number of clients.
 
 A client has two slots, so that a run that ends within a round can go on from the last committed
-one: what is written since then never takes the place of what was there.
+one: what is written since then never takes the place of what was there. Which slot is whose newest,
+and the checksum of what is in it, is known to the run and its checkpoint, and not to the file.
 """
 
 import json
 import os
 import threading
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,46 +20,48 @@ from flwr.app import ArrayRecord
 from numpy.typing import NDArray
 
 from fedge_sim import records
-from fedge_sim.errors import StateError
+from fedge_sim.errors import CheckpointError, StateError
 
-PAGE = 4096  # bytes; the slots begin on a page of their own
-_TAG = np.dtype("<i4")  # the round in which a slot was written; 0 if it is empty
 Layout: TypeAlias = list[list[Any]]  # name, dtype and shape of each array, as JSON has them
 
 
 class StateFile:
     """One ArrayRecord for each client: ``clients.bin``, and ``layout.json`` beside it.
 
-    The tags of all slots are the head of the file, the slots follow, two for each client. All
-    records have the layout (names, dtypes, shapes) of the first one that is written. Different
-    clients may be read and written on different threads. What is written outlasts the process;
-    nothing waits for the disk.
+    The file has two slots for each client, in their order. All records have the layout (names,
+    dtypes, shapes) of the first one that is written. Different clients may be read and written on
+    different threads. What is written outlasts the process; nothing waits for the disk.
 
     Parameters
     ----------
     folder : Path
         Made when the first record is written.
     num_clients : int
-    committed : int
-        The round to go on from; what was written in later ones is dropped.
+    saved : mapping, optional
+        What :meth:`state` gave for the round to go on from; what was written later is dropped.
 
     Raises
     ------
-    StateError
-        If the files there are damaged, or of another number of clients.
+    CheckpointError
+        If a record that was saved is not there, or is not what was written.
     """
 
-    def __init__(self, folder: Path, num_clients: int, committed: int = 0) -> None:
+    def __init__(
+        self, folder: Path, num_clients: int, saved: Mapping[str, Any] | None = None
+    ) -> None:
         self._file, self._layout_file = folder / "clients.bin", folder / "layout.json"
-        self._committed = committed
-        self._tags = np.zeros((num_clients, 2), _TAG)
+        self._committed = 0
+        # Of both slots of each client: the round in which it was written, 0 if it is empty.
+        self._rounds = np.zeros((num_clients, 2), np.int64)
+        self._sums = np.zeros((num_clients, 2), np.int64)
         self._layout: Layout | None = None  # until the first record is written
-        self._head = -(-self._tags.nbytes // PAGE) * PAGE
         self._slot = 0  # bytes of one
         self._stream: Any = None
         self._first = threading.Lock()
-        if self._layout_file.exists():
-            self._open()
+        if saved is not None:
+            self._committed = saved["round"]
+            if saved["layout"] is not None:
+                self._open(saved)
 
     def read(self, client: int) -> ArrayRecord | None:
         """Return a client's newest record; None if it has none.
@@ -63,17 +69,13 @@ class StateFile:
         Raises
         ------
         StateError
-            If the file is damaged.
+            If it is not what was written.
         """
-        slot = int(self._tags[client].argmax())
-        if not self._tags[client, slot]:
+        slot = int(self._rounds[client].argmax())
+        if not self._rounds[client, slot]:
             return None
-        start, at = self._start_of(client, slot), 0
+        data, at = self._get(client, slot), 0
         arrays: dict[str, NDArray[Any]] = {}
-        try:  # a mapping of its own: pages of a lasting one would count as this process's memory
-            data = np.asarray(np.memmap(self._stream, np.uint8, "r", start, (self._slot,)))
-        except (OSError, ValueError) as error:
-            raise StateError(f"{self._file}: cannot be read: {error}") from None
         for name, dtype, shape in self._layout or ():
             end = at + _num_bytes(dtype, shape)
             arrays[name], at = data[at:end].view(dtype).reshape(shape), end
@@ -105,14 +107,21 @@ class StateFile:
             for own, others in zip_longest(layout, self._layout or ()):
                 if own != others:
                     raise StateError(f"the state of client {client} has {own}, others {others}")
-            tags = self._tags[client]
-            slot = 1 - int(np.where(tags <= self._committed, tags, -1).argmax())
+            rounds = self._rounds[client]
+            slot = 1 - int(np.where(rounds <= self._committed, rounds, -1).argmax())
             data = b"".join(array.tobytes() for array in arrays.values())
+            rounds[slot] = 0  # until all of it is there
             self._put(data, self._start_of(client, slot))
-            tags[slot] = flat_round
-            self._put(tags.tobytes(), client * tags.nbytes)
+            self._sums[client, slot], rounds[slot] = zlib.crc32(data), flat_round
         except OSError as error:
             raise StateError(f"{self._file}: cannot be written: {error.strerror}") from error
+
+    def state(self, flat_round: int) -> dict[str, Any]:
+        """Return what the checkpoint of a round must know: each client's slot, round, checksum."""
+        newest = self._rounds.argmax(axis=1)
+        own = np.arange(len(newest)), newest
+        slots = np.stack([newest, self._rounds[own], self._sums[own]], axis=1)
+        return {"round": flat_round, "layout": self._layout, "slots": slots}
 
     def commit(self, flat_round: int) -> None:
         """From now on keep what each client had in this round: a run can go on from there."""
@@ -125,43 +134,54 @@ class StateFile:
 
     # ------------------------------------------------------------------ inside
 
-    def _open(self) -> None:
+    def _open(self, saved: Mapping[str, Any]) -> None:
+        """Open the files that a checkpoint speaks of, and look at every record."""
+        self._layout = saved["layout"]
+        self._slot = _slot_size(saved["layout"])
         try:
-            text = self._layout_file.read_text(encoding="utf-8")
-            num_clients, self._layout = json.loads(text)
-            self._slot = _slot_size(self._layout)
-            self._stream = self._file.open("r+b", buffering=0)
-            size = os.fstat(self._stream.fileno()).st_size
-        except (OSError, ValueError, TypeError) as error:
-            raise StateError(f"{self._layout_file}: the states are damaged: {error}") from None
-        if num_clients != len(self._tags) or size != self._size:
+            with suppress(ValueError, RecursionError):
+                form = json.loads(self._layout_file.read_text(encoding="utf-8"))
+                if form == [len(self._rounds), self._layout]:
+                    self._stream = self._file.open("r+b", buffering=0)
+            if self._stream is None:
+                raise StateError(f"{self._layout_file}: is not what the run wrote")
+            for client, (slot, *known) in enumerate(saved["slots"].tolist()):
+                self._rounds[client, slot], self._sums[client, slot] = known
+                if self._rounds[client, slot]:
+                    self._get(client, slot)
+        except (OSError, StateError) as error:
             self.close()
-            raise StateError(
-                f"{self._file}: {size} bytes of {num_clients} clients, and must be {self._size} "
-                f"of {len(self._tags)}"
-            )
-        head = os.pread(self._stream.fileno(), self._tags.nbytes, 0)
-        self._tags[:] = np.frombuffer(head, _TAG).reshape(self._tags.shape)
-        self._tags[self._tags > self._committed] = 0
-        self._put(self._tags.tobytes(), 0)
+            problem = f"what clients keep is not what the checkpoint was made with: {error}"
+            raise CheckpointError(f"{problem}; put it back, or start a new run") from None
 
     def _create(self, layout: Layout) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._slot = _slot_size(layout)
         self.close()  # after a try that failed
         self._stream = self._file.open("w+b", buffering=0)
-        os.ftruncate(self._stream.fileno(), self._size)  # sparse: takes no room yet
+        os.ftruncate(self._stream.fileno(), self._rounds.size * self._slot)  # takes no room yet
         aside = self._layout_file.with_suffix(".tmp")
-        aside.write_text(json.dumps([len(self._tags), layout]) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps([len(self._rounds), layout]) + "\n", encoding="utf-8")
         aside.replace(self._layout_file)
         self._layout = layout
 
-    @property
-    def _size(self) -> int:
-        return self._head + self._tags.size * self._slot
-
     def _start_of(self, client: int, slot: int) -> int:
-        return self._head + (2 * client + slot) * self._slot
+        return (2 * client + slot) * self._slot
+
+    def _get(self, client: int, slot: int) -> NDArray[np.uint8]:
+        """Return what is in a slot, if that is what was written."""
+        data, start, done = np.empty(self._slot, np.uint8), self._start_of(client, slot), 0
+        try:
+            while more := os.preadv(self._stream.fileno(), [data[done:].data], start + done):
+                done += more
+        except OSError as error:
+            raise StateError(f"{self._file}: cannot be read: {error.strerror}") from None
+        if done < self._slot or zlib.crc32(data.data) != self._sums[client, slot]:
+            raise StateError(
+                f"{self._file}: the state of client {client} is not what was written in round "
+                f"{self._rounds[client, slot]}"
+            )
+        return data
 
     def _put(self, data: bytes, start: int) -> None:
         # Through the file: a full disk is an error here, and a signal in a mapping.
@@ -171,7 +191,7 @@ class StateFile:
 
 
 def _slot_size(layout: Layout) -> int:
-    return max(1, sum(_num_bytes(dtype, shape) for _, dtype, shape in layout))
+    return sum(_num_bytes(dtype, shape) for _, dtype, shape in layout)
 
 
 def _num_bytes(dtype: str, shape: list[int]) -> int:
