@@ -214,7 +214,7 @@ def test_results_that_lost_rows_are_not_taken(copied):
     lines = file.read_text().splitlines(keepends=True)
     file.write_text("".join(lines[:-3]))
     place = copied / "runs" / "fedge" / "seed_42"
-    message = rf"seed 42: .*clients\.csv: has .* to have it run anew, delete {place}"
+    message = rf"seed 42: .*clients\.csv: has .* \(to have it run anew, delete {place}"
     assert re.match(message, why_failed(copied))
     shutil.rmtree(place)
     assert not call(copied)[1]
