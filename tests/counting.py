@@ -43,8 +43,19 @@ def answer_together(messages: Sequence[Message], context: Context) -> list[Messa
         context.state[key] = records.to_record({"count": np.array(seen + 1)})
         go_wrong(config)
         told = {"seen": seen, "there": there, "pid": os.getpid(), "cohort": len(messages)}
-        replies.append(records.reply(message, metrics=MetricRecord(told)))
+        replies.append(replied(message, **told))
     return replies
+
+
+def replied(message: Message, **told: int) -> Message:
+    """Return a reply of the right form, with what else is told."""
+    right = {
+        records.NUM_EXAMPLES: 1,
+        records.LOSS: 0.5,
+        records.ACCURACY: 0.5,
+        records.SECONDS: 0.1,
+    }
+    return records.reply(message, metrics=MetricRecord({**right, **told}))
 
 
 def go_wrong(config: dict) -> None:

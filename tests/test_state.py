@@ -400,7 +400,7 @@ def test_a_client_finds_the_state_that_it_left(in_process, states):
 def test_a_state_that_is_left_alone_is_not_written(in_process, states):
     states.write(0, record(1), 1)
     with (
-        in_process(app=lambda message, context: records.reply(message)) as grid,
+        in_process(app=lambda message, context: counting.replied(message)) as grid,
         mock.patch.object(states, "write") as write,
     ):
         assert len(grid.send_and_receive([question("train", client) for client in (0, 1)])) == 2
