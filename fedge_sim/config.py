@@ -290,7 +290,7 @@ class Settings(Table):
     def _what_devices_change_elsewhere(cls, tables: Any) -> Any:
         """Let ``devices_per_leaf`` take the place of ``clients_per_server``.
 
-        And in a run of versions, which are many and small, the learning rate stays and no
+        And in a run of versions, which are many and small, the learning rate and mu stay and no
         patience ends the run, unless asked for.
         """
         tables = dict(tables) if isinstance(tables, Mapping) else {}
@@ -304,7 +304,8 @@ class Settings(Table):
         if drawn:
             hierarchy = {**hierarchy, "clients_per_server": (per_leaf,) * servers}
         if drawn or asynchronous.get("rule", "fedavg") != "fedavg":
-            hierarchy = {"lr_gamma": 1.0, "es_patience": 0, **hierarchy}
+            still = {"lr_gamma": 1.0, "prox_mu_decay": 1.0, "es_patience": 0}
+            hierarchy = {**still, **hierarchy}
         tables["hierarchy"] = hierarchy
         return tables
 

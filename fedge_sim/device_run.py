@@ -21,6 +21,7 @@ import numpy as np
 from fedge_sim import checkpoint, cloud, records
 from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.asynchronous import ServerRule, Update
+from fedge_sim.algorithms.fedprox import next_mu, proximal_mu
 from fedge_sim.algorithms.server_rules import server_rule
 from fedge_sim.checkpoint import Checkpoints
 from fedge_sim.client import initial_model
@@ -41,7 +42,7 @@ from fedge_sim.runtime.timeline import (
     VersionMade,
     timeline,
 )
-from fedge_sim.runtime.trainings import Exchange, HeldOutTest, Start, Trained, Trainings
+from fedge_sim.runtime.trainings import Begun, Exchange, HeldOutTest, Start, Trained, Trainings
 from fedge_sim.training.base import model_arrays
 from fedge_sim.training.local import pool
 
@@ -144,6 +145,7 @@ class DeviceRun:
         self._now = 0.0  # simulated seconds
         self._at_work: dict[int, Job] = {}  # by number: dispatched, and not over
         self._accuracies: list[float] = []
+        self._mu = settings.hierarchy.prox_mu  # FedProx's, of jobs that are dispatched now
         self._tests: list[Test] = []  # one at most: it is collected before the next begins
         self._reason: str | None = None  # to end the run
 
@@ -246,7 +248,7 @@ class DeviceRun:
         match event:
             case Dispatched():
                 server = self._servers[event.jobs[0].server]
-                self._trainings.begin(event.jobs, server.model)
+                self._trainings.begin(event.jobs, server.model, self._mu)
             case VersionMade():
                 self._make_version(event)
             case CloudAsks():
@@ -382,8 +384,8 @@ class DeviceRun:
     ) -> None:
         """Begin to evaluate models, by leaf server.
 
-        The evaluation goes on while the next version is made, unless its result can end the run:
-        a run ends at the same version however fast evaluations are.
+        The evaluation goes on while the next version is made, unless something hangs on it:
+        a run ends at the same version, and mu falls at the same one, however fast evaluations are.
         """
         self._collect()
         parts: dict[int, HeldOutTest] = {}
@@ -397,7 +399,7 @@ class DeviceRun:
             parts[leaf] = test
         self._tests.append(Test(parts, what, version, now, self._updates))
         h = self.settings.hierarchy
-        if h.target_accuracy or h.es_patience:
+        if h.target_accuracy or h.es_patience or (h.prox_mu and h.prox_mu_decay < 1):
             self._collect()
 
     def _collect(self) -> None:
@@ -417,6 +419,9 @@ class DeviceRun:
                     seconds=self._seconds(),
                 )
                 if (test.what, leaf) == ("cloud", -1):
+                    before = self._accuracies[-1] if self._accuracies else math.nan
+                    h = self.settings.hierarchy
+                    self._mu = next_mu(self._mu, before, result.accuracy, h)
                     self._accuracies.append(result.accuracy)
                 reasons = [callback.on_held_out(record) for callback in self.callbacks]
                 self._reason = self._reason or next(filter(None, reasons), None)
@@ -439,7 +444,7 @@ class DeviceRun:
         the run is over, as all versions are made, nobody needs these.
         """
         place = _Places()
-        starts, done = self._trainings.state() if stage == "under way" else ({}, {})
+        begun, done = self._trainings.state() if stage == "under way" else ({}, {})
         tree: dict[str, Any] = {
             "reason": self._reason,
             "seconds": self._seconds(),
@@ -459,7 +464,7 @@ class DeviceRun:
                 }
                 for server in self._servers
             ],
-            "starts": {str(number): place(start) for number, start in starts.items()},
+            "begun": {str(n): [place(own.start), own.prox_mu] for n, own in begun.items()},
             "done": {
                 str(number): [dict(t.arrays), dict(t.metrics), t.problem]
                 for number, t in done.items()
@@ -482,13 +487,14 @@ class DeviceRun:
         self._position, self._updates = tree["position"], tree["updates"]
         self._failures, self._accuracies = tree["failures"], list(tree["accuracies"])
         self._reason, self._started = tree["reason"], time.monotonic() - tree["seconds"]
-        starts = {int(number): models[place] for number, place in tree["starts"].items()}
-        done = {int(n): Trained(starts[int(n)], *parts) for n, parts in tree["done"].items()}
-        begun: list[tuple[Job, Start]] = []
+        self._mu = proximal_mu(self._accuracies, self.settings.hierarchy)
+        given = {int(n): (models[place], mu) for n, (place, mu) in tree["begun"].items()}
+        done = {int(n): Trained(given[int(n)][0], *parts) for n, parts in tree["done"].items()}
+        begun: list[Begun] = []
         for event in islice(events, self._position):
             self._watch(event)
             if isinstance(event, Dispatched):
-                begun += [(j, starts[j.number]) for j in event.jobs if j.number in starts]
+                begun += [Begun(j, *given[j.number]) for j in event.jobs if j.number in given]
         self._trainings.restore(begun, done)
         self._checkpoints.cut_back(tree)
         log.info("resumed after %d updates", self._updates)

@@ -23,7 +23,7 @@ from fedge_sim.reporting.stopping import TargetAccuracy
 from fedge_sim.reporting.versions import VersionWriter
 from fedge_sim.reporting.weights import WeightWriter
 from fedge_sim.runtime.in_process import InProcessGrid
-from fedge_sim.runtime.trainings import Start
+from fedge_sim.runtime.trainings import Start, Trainings
 from tests.conftest import clean_environment, ray_grid
 
 DEVICES = [
@@ -60,6 +60,9 @@ RULES |= {
     f"leaf {rule}": [*RULES["leaf"], *RULES[rule]]
     for rule in ("fedavg", "fedasync", "downweight", "fedrevive")
 }
+FALLING = ["hierarchy.prox_mu=0.4", "hierarchy.prox_mu_decay=0.5", "hierarchy.prox_mu_min=0.1"]
+FALLING += ["hierarchy.acc_stable_threshold=1.0", "devices.eval_frequency=2"]
+RULES |= {"falling mu": [*RULES["fedbuff"], *FALLING]}
 LIGHT = ["fedrevive.variant=light", "fedrevive.unlabelled_data=unlabelled.npz"]
 RULES |= {"light": [*RULES["fedrevive"], *LIGHT]}
 
@@ -325,6 +328,35 @@ def test_a_target_ends_a_run_at_the_same_version_however_it_is_carried_out(setti
     assert ends[0] == ends[1] < 60
 
 
+@pytest.mark.parametrize("rule", ["fedbuff", "leaf"])
+def test_mu_falls_while_accuracy_is_stable(settings, monkeypatch, rule):
+    """With each evaluation of all but the first, for the jobs that are dispatched from then on."""
+    of_job, real = {}, Trainings._message
+
+    def spy(self, number):
+        message = real(self, number)
+        of_job[number] = records.config_of(message)[records.PROX_MU]
+        return message
+
+    monkeypatch.setattr(Trainings, "_message", spy)
+    made = settings(*RULES[rule], *FALLING, "devices.max_model_version=16")
+    told, _ = follow(made)
+    found = set()
+    times = [h.simulated_seconds for h in told.held_out if (h.what, h.server) == ("cloud", -1)]
+    jobs = [job for version in told.versions for job in version.event.jobs]
+    assert jobs
+    for job in jobs:
+        falls = max(0, sum(time <= job.started for time in times) - 1)
+        assert of_job[job.number] == max(0.1, 0.4 * 0.5**falls)
+        found.add(of_job[job.number])
+    assert found == {0.4, 0.2, 0.1}
+
+
+def test_mu_stays_unless_it_is_asked_to_fall(settings):
+    assert settings("asynchronous.rule=fedbuff").hierarchy.prox_mu_decay == 1.0
+    assert settings(*RULES["fedbuff"], *FALLING).hierarchy.prox_mu_decay == 0.5
+
+
 def test_asynchronous_leaf_servers_are_clustered(tmp_path):
     """hhar-synthetic: the users of leaf server 2 carry the device another way."""
     told, servers = follow(
@@ -385,7 +417,7 @@ def saved_each_time(monkeypatch):
     monkeypatch.setattr(device_run, "SAVE_SHARE", math.inf)
 
 
-@pytest.mark.parametrize("rule", ["fedrevive", "light", "leaf", "leaf fedavg"])
+@pytest.mark.parametrize("rule", ["fedrevive", "light", "leaf", "leaf fedavg", "falling mu"])
 @pytest.mark.usefixtures("saved_each_time")
 def test_a_run_that_was_killed_ends_with_the_same_bytes(settings, tmp_path, rule):
     made = settings(*RULES[rule], f"app.config.output-dir={tmp_path / 'whole'}")

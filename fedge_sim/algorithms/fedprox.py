@@ -23,7 +23,12 @@ def proximal_mu(accuracies: Sequence[float], settings: Hierarchy) -> float:
     """
     mu, before = settings.prox_mu, math.nan
     for accuracy in accuracies:
-        if abs(accuracy - before) <= settings.acc_stable_threshold:
-            mu = min(mu, max(settings.prox_mu_min, mu * settings.prox_mu_decay))
-        before = accuracy
+        mu, before = next_mu(mu, before, accuracy, settings), accuracy
     return mu
+
+
+def next_mu(mu: float, before: float, accuracy: float, settings: Hierarchy) -> float:
+    """Return mu after a round of an accuracy, from mu and accuracy of the round before."""
+    if abs(accuracy - before) > settings.acc_stable_threshold or math.isnan(accuracy - before):
+        return mu
+    return min(mu, max(settings.prox_mu_min, mu * settings.prox_mu_decay))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
@@ -77,6 +77,14 @@ class Start:
     def record(self) -> ArrayRecord:
         """As it is sent."""
         return records.to_record(self.arrays)
+
+
+class Begun(NamedTuple):
+    """A job that is trained, its start, and FedProx's mu when it was dispatched."""
+
+    job: Job
+    start: Start
+    prox_mu: float
 
 
 @dataclass(frozen=True)
@@ -148,16 +156,16 @@ class Trainings:
         self._ahead = WAVES * at_a_time if ahead is None else ahead
         self._in_waves, self._wave = in_waves, at_a_time if ahead is None else max(1, ahead)
         # Jobs whose result was not asked for yet, by number.
-        self._begun: dict[int, tuple[Job, Start]] = {}
+        self._begun: dict[int, Begun] = {}
         self._ready: list[tuple[float, int]] = []  # a heap of (arrival, number)
         self._under_way: set[int] = set()
         self._done: dict[int, Trained] = {}
 
-    def begin(self, jobs: Iterable[Job], start: Start) -> None:
+    def begin(self, jobs: Iterable[Job], start: Start, prox_mu: float) -> None:
         """Let jobs be trained whose update will arrive; who is lost costs no real work."""
         for job in jobs:
             if job.fate == "update":
-                self._begun[job.number] = job, start
+                self._begun[job.number] = Begun(job, start, prox_mu)
                 heapq.heappush(self._ready, (job.ended, job.number))
         self._fill()
 
@@ -180,28 +188,28 @@ class Trainings:
 
     def drop(self, server: int) -> None:
         """Forget the jobs of a server that makes no version any more."""
-        for number in [n for n, (job, _) in self._begun.items() if job.server == server]:
+        for number in [n for n, own in self._begun.items() if own.job.server == server]:
             del self._begun[number]
             self._done.pop(number, None)
         self._ready = [entry for entry in self._ready if entry[1] in self._begun]
         heapq.heapify(self._ready)
 
-    def state(self) -> tuple[dict[int, Start], dict[int, Trained]]:
-        """Return the starts of all jobs that are not given out, and what came of some of them.
+    def state(self) -> tuple[dict[int, Begun], dict[int, Trained]]:
+        """Return all jobs that are not given out, and what came of some of them.
 
         A wave is waited for: who trained in it must be known to go on with the same ones.
         """
         while self._in_waves and self._under_way:
             self._exchange.turn()
-        return {number: start for number, (_, start) in self._begun.items()}, dict(self._done)
+        return dict(self._begun), dict(self._done)
 
-    def restore(self, begun: Iterable[tuple[Job, Start]], done: Mapping[int, Trained]) -> None:
+    def restore(self, begun: Iterable[Begun], done: Mapping[int, Trained]) -> None:
         """Go on from a checkpoint: train again what was not done."""
         self._done.update(done)
-        for job, start in begun:
-            self._begun[job.number] = job, start
-            if job.number not in done:
-                heapq.heappush(self._ready, (job.ended, job.number))
+        for own in begun:
+            self._begun[own.job.number] = own
+            if own.job.number not in done:
+                heapq.heappush(self._ready, (own.job.ended, own.job.number))
         self._fill()
 
     def _fill(self) -> None:
@@ -222,8 +230,9 @@ class Trainings:
             self._exchange.send([(self._message(n), partial(self._take, n)) for n in numbers])
 
     def _message(self, number: int) -> Message:
-        (job, start), h = self._begun[number], self._settings.hierarchy
-        config = records.train_config(self._settings, h.learning_rate(job.version + 1), h.prox_mu)
+        job, start, mu = self._begun[number]
+        lr = self._settings.hierarchy.learning_rate(job.version + 1)
+        config = records.train_config(self._settings, lr, mu)
         config[records.ROUND] = 1  # the same for all jobs, so that workers keep their networks
         config[records.JOB], config[records.CLIENT_ID] = number, job.client
         config[records.WORK] = self._work(job.client)
@@ -235,7 +244,7 @@ class Trainings:
     def _take(self, number: int, reply: Message) -> None:
         self._under_way.remove(number)
         if number in self._begun:  # it was not dropped meanwhile
-            self._done[number] = Trained.of(reply, self._begun[number][1])
+            self._done[number] = Trained.of(reply, self._begun[number].start)
 
 
 class HeldOutTest:
