@@ -23,7 +23,14 @@ from fedge_sim.randomness import stream, torch_generator
 from fedge_sim.runtime import gpu
 from fedge_sim.runtime.in_process import available_cores
 from fedge_sim.runtime.sizing import MAX_COHORT
-from fedge_sim.training.base import ClientTask, TrainingPath, TrainSettings, model_arrays
+from fedge_sim.training.base import (
+    ClientTask,
+    TrainingPath,
+    TrainSettings,
+    model_arrays,
+    num_examples_seen,
+    num_steps,
+)
 from fedge_sim.training.choice import Choice, decide, measure
 from fedge_sim.training.cohort import Cohort
 from fedge_sim.training.device import device, set_precision
@@ -54,6 +61,21 @@ def train_settings(settings: Settings, lr: float, prox_mu: float) -> TrainSettin
         optimizer=h.optimizer,
     )
     return pfedme_settings(how, h) if h.client_rule == "pfedme" else how
+
+
+def steps_of_a_job(settings: Settings, examples: int) -> int:
+    """Return how many steps a client with so many examples does each time it trains."""
+    return num_steps(examples, _usual(settings))
+
+
+def work_of_a_job(settings: Settings, examples: int) -> int:
+    """Return how many examples a client with so many goes through each time it trains."""
+    return num_examples_seen(examples, _usual(settings))
+
+
+def _usual(settings: Settings) -> TrainSettings:
+    """Return how clients train, whatever changes from round to round."""
+    return train_settings(settings, lr=settings.hierarchy.lr_init, prox_mu=0.0)
 
 
 def initial_model(settings: Settings, example_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -218,17 +240,18 @@ def _workers(settings: Settings) -> int:
 
 def _steps(settings: Settings, data: FederatedData) -> int:
     """Return how many steps all clients will do in the run."""
-    h, (batch_size, accumulation) = settings.hierarchy, gpu.batch_of(settings)
-    size = batch_size * accumulation
+    h = settings.hierarchy
     if settings.by_versions:  # of devices, which are not all looked at: the first stands for them
-        an_epoch = -(-len(data.clients[0].train) // size)
-        a_job = settings.local_steps or h.local_epochs * an_epoch
-        return settings.devices.max_model_version * settings.updates_for_model * a_job
-    epochs = (-(-len(client.train) // size) for client in data.clients)
-    each = (settings.local_steps or h.local_epochs * steps for steps in epochs)
-    inner = h.pfedme_steps if h.client_rule == "pfedme" else 1
-    share = 1.0 if h.client_rule == "centralised" else h.participation
-    return int(inner * share * h.global_rounds * h.server_rounds_per_global * sum(each))
+        servers = h.num_servers if settings.asynchronous.server == "leaf" else 1
+        jobs = servers * settings.devices.max_model_version * settings.updates_for_model
+        return jobs * steps_of_a_job(settings, len(data.clients[0].train))
+    sizes = [len(client.train) for client in data.clients]
+    if h.client_rule == "centralised":
+        a_round = steps_of_a_job(settings, sum(sizes))
+    else:
+        a_round = sum(steps_of_a_job(settings, examples) for examples in sizes)
+        a_round = a_round * settings.num_training // h.num_clients
+    return a_round * h.global_rounds * h.server_rounds_per_global
 
 
 def _trial(settings: Settings, data: FederatedData, size: int, steps: int) -> list[ClientTask]:

@@ -24,13 +24,12 @@ from fedge_sim.algorithms.asynchronous import ServerRule, Update
 from fedge_sim.algorithms.fedprox import next_mu, proximal_mu
 from fedge_sim.algorithms.server_rules import server_rule
 from fedge_sim.checkpoint import Checkpoints
-from fedge_sim.client import initial_model
+from fedge_sim.client import initial_model, steps_of_a_job, work_of_a_job
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import RoundError
 from fedge_sim.reporting.base import Callback, HeldOut, RunInfo, VersionRecord, new_results_folder
-from fedge_sim.runtime.gpu import batch_of
 from fedge_sim.runtime.node import LocalGrid
 from fedge_sim.runtime.roster import call_roster, settle_training, survey
 from fedge_sim.runtime.rounds import Job
@@ -173,7 +172,7 @@ class DeviceRun:
         self._exchange = Exchange(self.grid)
         self._trainings = self._open_trainings()
         self._size = size = first.record.count_bytes()
-        events = timeline(settings, size, size, partial(steps_of_a_job, settings, data))
+        events = timeline(settings, size, size, partial(steps_of_a_client, settings, data))
         folder = new_results_folder(settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
             self._checkpoints = Checkpoints(folder, settings, data)
@@ -189,10 +188,9 @@ class DeviceRun:
         at_a_time, in_waves = len(self._roster.nodes), False
         if isinstance(grid, LocalGrid):
             at_a_time, in_waves = grid.at_a_time, grid.cohort_size > 1
-        batch_size, accumulation = batch_of(settings)
 
         def work(client: int) -> int:
-            return steps_of_a_job(settings, self._data, client) * batch_size * accumulation
+            return work_of_a_job(settings, _num_train(settings, self._data, client))
 
         return Trainings(
             *(self._exchange, settings, self._roster, work, at_a_time),
@@ -363,7 +361,7 @@ class DeviceRun:
             train_loss=float(np.mean(losses)) if losses else float("nan"),
             num_examples=sum(update.num_examples for update in updates),
             bytes_up=size * len(came),
-            bytes_down=size * (len(trained) + len(event.lost)),
+            bytes_down=size * event.sent,
             seconds=self._seconds(),
         )
         for callback in self.callbacks:
@@ -525,10 +523,10 @@ def _when_ended(job: Job, end: float) -> Job:
     return replace(job, fate="unused") if job.fate == "update" else job
 
 
-def steps_of_a_job(settings: Settings, data: DataSummary, client: int) -> int:
-    """Return how many steps a client does in a job, its last short batches counted whole."""
-    if settings.local_steps:
-        return settings.local_steps
-    batch_size, accumulation = batch_of(settings)
-    examples = data.num_train[client] if data.clients else settings.devices.subset_size
-    return settings.hierarchy.local_epochs * -(-examples // (batch_size * accumulation))
+def steps_of_a_client(settings: Settings, data: DataSummary, client: int) -> int:
+    """Return how many steps a client, or a device, does in a job."""
+    return steps_of_a_job(settings, _num_train(settings, data, client))
+
+
+def _num_train(settings: Settings, data: DataSummary, client: int) -> int:
+    return data.num_train[client] if data.clients else settings.devices.subset_size

@@ -15,6 +15,7 @@ from fedge_sim import records
 from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.aggregation import step_towards, weighted_mean
 from fedge_sim.algorithms.scaffold import server_variate
+from fedge_sim.client import work_of_a_job
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import RoundError, StalledError
@@ -40,7 +41,7 @@ class ClientWork:
     seconds : float
         Of computation.
     bytes_up, bytes_down : int
-        Of model that the client sent and received for training.
+        Of model that the client sent, and that was sent to it, for training.
     simulated_seconds : float
         That its leaf server waited for it at most, on the virtual clock.
     fate : str
@@ -140,7 +141,6 @@ class LeafServer(Strategy):
     evaluations: dict[str, dict[int, dict[str, Evaluation]]] = field(default_factory=dict)
     now: float = 0.0
     _start: ArrayRecord = field(default_factory=ArrayRecord)
-    _bytes_down: int = 0
     _asked: Sequence[int] = ()
     _told: bool = False
 
@@ -200,13 +200,19 @@ class LeafServer(Strategy):
         self._start = ArrayRecord({name: arrays[name] for name in shared})
         config[records.ROUND] = server_round
         sizes = self.data.num_train
-        if h.client_rule == "centralised":
-            self._asked, work = self.clients[:1], [h.local_epochs * sum(sizes)]
-        else:
-            self._asked = self._admitted(server_round, self._participants(server_round))
-            work = [h.local_epochs * sizes[client] for client in self._asked]
         variate = records.to_record(self.variate) if self.variate else None
-        self._bytes_down = sum(r.count_bytes() for r in (self._start, variate) if r is not None)
+        if h.client_rule == "centralised":
+            self._asked, examples = self.clients[:1], [sum(sizes)]
+        else:
+            sent_to = self._participants(server_round)
+            self._asked = sent_to
+            if self.pool is not None:
+                self._asked, sent_to = self._admitted(server_round, self.pool, sent_to)
+            size = sum(r.count_bytes() for r in (self._start, variate) if r is not None)
+            for client in sent_to:
+                self.work.setdefault(client, ClientWork()).bytes_down += size
+            examples = [sizes[client] for client in self._asked]
+        work = [work_of_a_job(self.settings, number) for number in examples]
         return self._messages(
             MessageType.TRAIN, records.TRAIN, self._start, config, work, variate=variate
         )
@@ -221,23 +227,31 @@ class LeafServer(Strategy):
         draw = stream(self.settings.seed, "participation", server_round, self.index)
         return sorted(draw.choice(self.clients, number, replace=False).tolist())
 
-    def _admitted(self, server_round: int, clients: Sequence[int]) -> Sequence[int]:
-        """Let a round go by on the virtual clock; return whose update comes, in ascending order.
+    def _admitted(
+        self, server_round: int, pool: DevicePool, clients: Sequence[int]
+    ) -> tuple[Sequence[int], Sequence[int]]:
+        """Let a round go by on the virtual clock.
 
         Whoever does not come costs no real work. A round to which nobody comes is held again.
+
+        Returns
+        -------
+        admitted : sequence of int
+            Whose update comes, in ascending order.
+        sent_to : sequence of int
+            To whom the model was sent: several times to a client of several rounds.
 
         Raises
         ------
         StalledError
             If again and again nobody comes.
         """
-        if self.pool is None:
-            return clients
+        sent_to: list[int] = []
         h, devices = self.settings.hierarchy, self.settings.devices
         rounds = h.global_rounds * h.server_rounds_per_global + 1
         for attempt in range(ROUNDS_IN_VAIN):
             result = simulate_round(
-                self.pool,
+                pool,
                 clients,
                 # One for every round and client, as it names the random streams.
                 number=(attempt * rounds + server_round) * h.num_clients + self.clients[0],
@@ -248,12 +262,13 @@ class LeafServer(Strategy):
             )
             self.now = result.ended
             for job in (*result.admitted, *result.lost):
+                sent_to += [job.client] * job.was_sent
                 done = self.work.setdefault(job.client, ClientWork())
                 done.simulated_seconds += job.ended - job.started
                 done.fate = job.fate
                 done.lost += job.fate != "update"
             if result.admitted:
-                return sorted(job.client for job in result.admitted)
+                return sorted(job.client for job in result.admitted), sent_to
         raise StalledError(
             f"no client came to leaf server {self.index} in {ROUNDS_IN_VAIN} rounds in a row, up "
             f"to {self.now:g} simulated seconds: raise devices.job_timeout, or lose fewer "
@@ -321,14 +336,13 @@ class LeafServer(Strategy):
         return step_towards(start, mean, self.settings.hierarchy.server_lr, self.trainable)
 
     def _count(self, client: int, reply: Message, metrics: Mapping[str, Any]) -> None:
-        """Add up what a client did and moved, SCAFFOLD's variates included."""
+        """Add up what a client did and sent, SCAFFOLD's variates included."""
         done = self.work.setdefault(client, ClientWork())
         done.loss = metrics[records.LOSS]
         done.seconds += metrics[records.SECONDS]
         if self.settings.hierarchy.client_rule == "centralised":
             return  # the data were moved, once, and not a model
         done.bytes_up += sum(r.count_bytes() for r in reply.content.array_records.values())
-        done.bytes_down += self._bytes_down
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

@@ -29,7 +29,7 @@ from fedge_sim.client import initial_model
 from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings, environment_seed, load_settings
 from fedge_sim.data.base import DataSummary
-from fedge_sim.device_run import DeviceRun, steps_of_a_job
+from fedge_sim.device_run import DeviceRun, steps_of_a_client
 from fedge_sim.errors import CheckpointError, ConfigError, FedgeError, StalledError
 from fedge_sim.leaf import ClientWork, Gate, LeafServer
 from fedge_sim.leaf_strategy import LeafRule
@@ -164,10 +164,11 @@ class Orchestrator:
         variate = variate if h.client_rule == "scaffold" else {}
         first = model_arrays(model)
         sent = {n: a for n, a in first.items() if n not in personal}
-        size = sum(records.to_record(arrays).count_bytes() for arrays in (sent, variate))
+        # SCAFFOLD's variates travel between clients and leaf servers, and no further.
+        size, also = (records.to_record(arrays).count_bytes() for arrays in (sent, variate))
         if self.settings.devices.enable:
-            steps = partial(steps_of_a_job, self.settings, data)
-            self._pool = DevicePool(self.settings, size, size, steps)
+            steps = partial(steps_of_a_client, self.settings, data)
+            self._pool = DevicePool(self.settings, size + also, size + also, steps)
         link = self.settings.devices.leaf_cloud_bandwidth
         self._trip = seconds_of(size, link.down), seconds_of(size, link.up)
         return [

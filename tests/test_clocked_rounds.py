@@ -14,6 +14,7 @@ from fedge_sim.errors import ConfigError
 from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.reporting.progress import ConsoleReporter
 from fedge_sim.runtime.in_process import InProcessGrid
+from fedge_sim.training.local import Reference
 from tests.conftest import Keep, run, same_models
 
 CLOCK = [
@@ -57,6 +58,69 @@ def test_a_job_takes_so_long_a_step(small):
     [told] = rounds(small(*by_epochs, "hierarchy.global_rounds=1"))
     most = max(client.num_train for client in told.clients)
     assert told.simulated_seconds == pytest.approx(2.0 * 2 * -(-most // 32) + 0.5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("hierarchy.client_rule=pfedme", "hierarchy.pfedme_steps=3"),
+        ("hierarchy.client_rule=pfedme", "hierarchy.local_steps=4"),
+        ("hierarchy.batch_size=8", "hierarchy.accumulation=2"),
+    ],
+)
+def test_a_job_takes_the_steps_that_training_does(small, monkeypatch, more):
+    """A client with 33 examples and batches of 32 does one step an epoch, not two."""
+    taken, train = [], Reference.train
+
+    def spy(self, clients):
+        updates = train(self, clients)
+        taken.extend(update.steps for update in updates)
+        return updates
+
+    monkeypatch.setattr(Reference, "train", spy)
+    settings = small(
+        *(*CLOCK, 'devices.device_speed_per="step"', "hierarchy.global_rounds=1"),
+        *("app.config.synthetic-windows-per-client=41", "hierarchy.local_epochs=5", *more),
+    )
+    [told] = rounds(settings)
+    assert {client.num_train for client in told.clients} == {33}
+    assert told.simulated_seconds == 2.0 * max(taken) + 0.5
+    if not more:
+        assert set(taken) == {5}
+
+
+def test_variates_take_time_between_clients_and_leaf_servers_alone(small):
+    one_round = "hierarchy.global_rounds=1"
+    model = rounds(small(one_round))[0].clients[0].bytes_down
+    scaffold = (one_round, "hierarchy.client_rule=scaffold")
+    both = rounds(small(*scaffold))[0].clients[0].bytes_down
+    assert both > 1.5 * model
+    links = (
+        f"devices.client_leaf_bandwidth={{down={both / 4.0}, up={both / 8.0}}}",
+        f"devices.leaf_cloud_bandwidth={{down={model / 16.0}, up={model / 32.0}}}",
+    )
+    [told] = rounds(small(*CLOCK, *links, *scaffold))
+    assert told.simulated_seconds == pytest.approx(2.5 + 4 + 8 + 16 + 32)
+
+
+def test_bytes_are_those_that_were_sent(small):
+    """Who drops out was sent the model; who was offline was not."""
+    size = rounds(small("hierarchy.global_rounds=1"))[0].clients[0].bytes_down
+    losses = ("devices.dropout=0.3", "devices.availability={online=0.5, session=50.0}")
+    told = rounds(
+        small(*CLOCK, *losses, "devices.job_timeout=9.0", "hierarchy.global_rounds=6"),
+    )
+    of_fate: dict[str, set[tuple[int, int]]] = {}
+    for client in (c for record in told for c in record.clients):
+        begun = client.simulated_seconds > 0  # in one round at least, of those that are held
+        if client.lost + (client.fate == "update") == 1:
+            assert client.bytes_down == begun * size
+        came = client.fate == "update"
+        assert client.bytes_up == came * size
+        of_fate.setdefault(client.fate, set()).add((client.bytes_down, begun))
+    assert (size, True) in of_fate["dropped out"]
+    assert (0, False) in of_fate["went offline"]
 
 
 def test_the_clock_changes_nothing_but_the_time(small):

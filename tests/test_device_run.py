@@ -269,6 +269,26 @@ def test_lost_jobs_cost_no_real_work(settings):
     assert not lost & came
 
 
+@pytest.mark.parametrize("rule", ["fedavg", "fedbuff", "leaf"])
+def test_bytes_down_are_those_of_all_models_that_were_sent(settings, monkeypatch, rule):
+    """Also to jobs that no version is made of, because the run ends before they do."""
+    begun, begin = [], Trainings.begin
+
+    def spy(self, jobs, start):
+        begun.extend((job, start.record.count_bytes()) for job in jobs)
+        begin(self, jobs, start)
+
+    monkeypatch.setattr(Trainings, "begin", spy)
+    told, _ = follow(settings(*RULES[rule], "devices.dropout=0.3"))
+    for server in {record.event.server for record in told.versions}:
+        own = [record for record in told.versions if record.event.server == server]
+        sent = [size for job, size in begun if job.server == server]
+        assert sum(record.bytes_down for record in own) == sum(sent)
+        assert sum(record.bytes_up for record in own) == sent[0] * sum(
+            record.num_updates for record in own
+        )
+
+
 def test_devices_send_their_model_and_counts_and_nothing_else(settings):
     sent = []
 

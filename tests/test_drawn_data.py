@@ -277,6 +277,9 @@ def test_to_find_the_way_to_train_few_devices_are_looked_at(small):
     assert client._steps(settings, data) == 50 * 1 * 3  # an epoch of 20 examples
     by_steps = small(*DEVICES, *more, "devices.local_iters=25")
     assert client._steps(by_steps, data) == 50 * 9 * 25
+    of_leaves = ("asynchronous.server=leaf", "asynchronous.cloud_versions=5")
+    at_leaves = small(*DEVICES, *more, *of_leaves, "devices.local_iters=25")
+    assert client._steps(at_leaves, data) == 3 * 50 * 9 * 25
     assert data.clients._client.cache_info().misses == 12
 
 

@@ -4,6 +4,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -25,7 +27,14 @@ from fedge_sim.models.cnn1d import TimeConv
 from fedge_sim.randomness import stream, torch_generator
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.training import local
-from fedge_sim.training.base import ClientTask, TrainSettings, model_arrays
+from fedge_sim.training.base import (
+    ClientTask,
+    TrainSettings,
+    epochs,
+    model_arrays,
+    num_examples_seen,
+    num_steps,
+)
 from fedge_sim.training.device import device, device_of
 from fedge_sim.training.local import Evaluation, evaluate, pool
 
@@ -251,6 +260,44 @@ def test_a_part_of_one_example_is_left_out(n, seen, steps):
     settings = TrainSettings(**{**vars(PLAIN), "batch_size": 8, "accumulation": 2})
     result = train(spy, numbered(n), np.arange(n), settings, stream(0, "order"))
     assert (len(spy.seen), result.steps) == (seen, steps)
+
+
+@pytest.mark.parametrize(
+    ("n", "more", "steps"),
+    [
+        (33, {"local_epochs": 5}, 5),  # a last batch of one example is left out
+        (34, {"local_epochs": 5}, 10),
+        (17, {"batch_size": 8, "accumulation": 2, "local_epochs": 3}, 3),
+        (33, {"local_steps": 7, "inner_steps": 3, "outer_lr": 0.1, "prox_mu": 1.0}, 21),
+        (1, {"local_epochs": 2}, 2),
+        (0, {"local_steps": 7}, 0),
+    ],
+)
+def test_predicted_steps_by_hand(n, more, steps):
+    settings = TrainSettings(**{**vars(PLAIN), **more})
+    spy = Spy()
+    result = train(spy, numbered(n), np.arange(n), settings, stream(0, "order"))
+    assert num_steps(n, settings) == result.steps == steps
+    assert num_examples_seen(n, settings) == len(spy.seen)
+
+
+@given(
+    st.integers(0, 90),
+    st.builds(
+        TrainSettings,
+        lr=st.just(0.1),
+        local_epochs=st.integers(1, 3),
+        batch_size=st.integers(2, 40),
+        accumulation=st.integers(1, 3),
+        local_steps=st.integers(0, 9),
+    ),
+)
+def test_predicted_steps_are_those_of_training(n, settings):
+    task = ClientTask({}, windows(0), np.arange(n), settings, stream(0, "order"))
+    steps = [step for epoch in epochs(task) for step in epoch]
+    assert num_steps(n, settings) == len(steps)
+    assert num_examples_seen(n, settings) == sum(len(batch) for step in steps for batch in step)
+    assert all(len(batch) > 1 for step in steps for batch in step) or n == 1
 
 
 class Spy(nn.Module):

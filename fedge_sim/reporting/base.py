@@ -171,7 +171,7 @@ class VersionRecord:
     num_examples : int
         Training examples behind its updates.
     bytes_up, bytes_down : int
-        Of its jobs; down also of those that were lost before it.
+        Of the models that came, and of those that its server sent since the version before.
     seconds : float
         Wall time since the run began, without what lay between its parts if it was resumed.
     """

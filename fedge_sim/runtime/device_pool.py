@@ -110,6 +110,11 @@ class Plan(NamedTuple):
     training: float  # seconds of training, if the device completes it
     stops: float  # seconds until the device stops early; infinite if it does not
 
+    @property
+    def begins(self) -> bool:
+        """Whether the device is online at the start."""
+        return self.stops > 0
+
     def trained(self, until: float) -> float:
         """Return the seconds of training that were done at a time."""
         return max(0.0, min(self.training, min(self.stops, until) - self.download))
@@ -124,7 +129,7 @@ class DevicePool:
     bytes_down, bytes_up : int
         What a device downloads before it trains, and uploads after.
     steps : callable, optional
-        The steps of a client's job, where ``device_speed_per = "step"`` and neither
+        The steps of a client's job, where ``device_speed_per = "step"``; needed if neither
         ``devices.local_iters`` nor ``hierarchy.local_steps`` says how many.
 
     Raises
@@ -319,7 +324,7 @@ def _steps_of_a_job(settings: Settings, steps: Callable[[int], int] | None) -> C
     """Return what a device's speed is multiplied by in a job."""
     if settings.devices.device_speed_per == "job":
         return lambda _: 1
-    if fixed := settings.local_steps:
+    if steps is None and (fixed := settings.local_steps):
         return lambda _: fixed
     if steps is None:
         problem = 'needs the steps of a job: set devices.local_iters, or use "job"'

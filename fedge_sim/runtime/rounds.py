@@ -35,6 +35,8 @@ class Job:
     fate : str
         How it ends; when the run ends it can be ``"under way"`` or, if its update had come for no
         version, ``"unused"``.
+    was_sent : bool
+        Whether the model went to the device, as it does unless that is offline at the start.
     """
 
     number: int
@@ -46,6 +48,7 @@ class Job:
     ended: float
     training: float
     fate: Fate
+    was_sent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,5 +156,14 @@ def job_of(
     fate: Fate = plan.ending if plan.stops <= end else "too late"
     ended, training = started + min(plan.takes, end), plan.trained(end)
     return Job(
-        number, client, server, pool.leaf_of(client), version, started, ended, training, fate
+        number=number,
+        client=client,
+        server=server,
+        leaf=pool.leaf_of(client),
+        version=version,
+        started=started,
+        ended=ended,
+        training=training,
+        fate=fate,
+        was_sent=plan.begins,
     )

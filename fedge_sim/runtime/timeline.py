@@ -58,6 +58,8 @@ class VersionMade:
         Whether it was made early, as ``update_timeout`` had passed.
     last : bool
         Whether the server is done: it has made ``max_model_version`` versions.
+    sent : int
+        Models that went to devices of this server since the version that it made before.
     """
 
     time: float
@@ -69,6 +71,7 @@ class VersionMade:
     active: int
     by_timeout: bool
     last: bool
+    sent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class _Server:
     version: int = 0  # the newest version's number
     made: int = 0  # versions that it made itself; others were made by the cloud
     active: int = 0  # jobs under way
+    sent: int = 0  # models, to devices, since its last version
     since: float = 0.0  # when its last version was made, or its wait for an update began
     wakes: float = math.inf  # when it looks again for devices that are online
     in_vain: int = 0  # rounds, or jobs, since an update came
@@ -278,6 +282,7 @@ class _Timeline:
 
     def _dispatched(self, server: _Server, jobs: tuple[Job, ...]) -> Dispatched:
         server.active += len(jobs)
+        server.sent += sum(job.was_sent for job in jobs)
         self._number += len(jobs)
         return Dispatched(self._clock.now, jobs)
 
@@ -299,8 +304,9 @@ class _Timeline:
             active=server.active,
             by_timeout=by_timeout,
             last=server.done,
+            sent=server.sent,
         )
-        server.buffer, server.lost = [], []
+        server.buffer, server.lost, server.sent = [], [], 0
         if not server.done:
             yield from self._select(server)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -137,7 +138,8 @@ def epochs(task: ClientTask) -> Iterator[list[list[NDArray[np.int64]]]]:
     settings, left = task.settings, task.settings.local_steps
     epoch = 0
     while left > 0 if settings.local_steps else epoch < settings.local_epochs:
-        steps = list(_steps(task.order.permutation(task.rows), settings))
+        rows = task.order.permutation(task.rows)
+        steps = [[rows[batch] for batch in step] for step in steps_of_an_epoch(len(rows), settings)]
         if not steps:
             return  # no epoch has a step, so local_steps would never be reached
         if settings.local_steps:
@@ -147,15 +149,35 @@ def epochs(task: ClientTask) -> Iterator[list[list[NDArray[np.int64]]]]:
         epoch += 1
 
 
-def _steps(rows: NDArray[np.int64], settings: TrainSettings) -> Iterator[list[NDArray[np.int64]]]:
-    size = settings.batch_size
-    for begin in range(0, len(rows), size * settings.accumulation):
-        step = rows[begin : begin + size * settings.accumulation]
-        batches = [step[i : i + size] for i in range(0, len(step), size)]
-        if len(batches[-1]) == 1 and len(rows) > 1:
-            batches.pop()
-        if batches:
-            yield batches
+def steps_of_an_epoch(examples: int, settings: TrainSettings) -> Sequence[Sequence[slice]]:
+    """Return the batches of each step of an epoch, as places in the order of the examples."""
+    return _cut(examples, settings.batch_size, settings.accumulation)
+
+
+def num_steps(examples: int, settings: TrainSettings) -> int:
+    """Return how many steps a client with so many examples does: :attr:`ClientUpdate.steps`."""
+    an_epoch = len(steps_of_an_epoch(examples, settings))
+    batches = settings.local_steps or settings.local_epochs * an_epoch
+    return settings.inner_steps * batches if an_epoch else 0
+
+
+def num_examples_seen(examples: int, settings: TrainSettings) -> int:
+    """Return how many examples those steps are on, each as often as it is."""
+    sizes: list[int] = [
+        step[-1].stop - step[0].start for step in steps_of_an_epoch(examples, settings)
+    ]
+    if not sizes:
+        return 0
+    batches = settings.local_steps or settings.local_epochs * len(sizes)
+    epochs, rest = divmod(batches, len(sizes))
+    return settings.inner_steps * (epochs * sum(sizes) + sum(sizes[:rest]))
+
+
+@lru_cache(maxsize=256)  # all devices have as many examples
+def _cut(examples: int, size: int, accumulation: int) -> tuple[tuple[slice, ...], ...]:
+    used = examples - 1 if examples > 1 and examples % size == 1 else examples
+    batches = [slice(i, min(i + size, used)) for i in range(0, used, size)]
+    return tuple(tuple(batches[i : i + accumulation]) for i in range(0, len(batches), accumulation))
 
 
 def model_arrays(model: nn.Module) -> dict[str, NDArray[Any]]:
