@@ -197,7 +197,7 @@ def _client_table(
     distance: NDArray[np.float64],
 ) -> Table:
     config = settings.data
-    split = "as in the partition file" if data.sides_given else config.split
+    split = "given" if data.sides_given else config.split
     table = Table(
         title=f"partition {config.partition}, split {split}, seed {settings.seed}: clients"
     )

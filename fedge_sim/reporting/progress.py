@@ -74,7 +74,7 @@ class ConsoleReporter(Callback):
         )
         log.info("results: %s", info.folder)
         self._settings, self._folder = settings, info.folder
-        self._what = f"accuracy on test examples of {info.data.form}, split {_split(info)}"
+        self._what = f"{info.data.form}, {_split(info)} split"
         self._started, self._done_before = time.perf_counter(), len(info.accuracies)
         self._in_a_round = h.server_rounds_per_global * settings.num_training
         if h.participation < 1:
@@ -128,7 +128,8 @@ class ConsoleReporter(Callback):
     def on_run_end(self, last: RoundRecord) -> None:
         """Print a table by leaf and cluster, the totals, and where the results are."""
         self.close()
-        table = Table(title=f"after global round {last.global_round} ({self._what})")
+        title = f"test accuracy after round {last.global_round}: {self._what}"
+        table = Table(title=title, min_width=len(title))
         for name in ("leaf server", "cluster", "clients", "training examples", "leaf", "cloud"):
             table.add_column(name, justify="right")
         for leaf in last.leaves:
@@ -175,7 +176,7 @@ class ConsoleReporter(Callback):
 
 
 def _split(info: RunInfo) -> str:
-    return "as in the partition file" if info.data.sides_given else info.settings.data.split
+    return "given" if info.data.sides_given else info.settings.data.split
 
 
 def _simulated(record: RoundRecord) -> str:
