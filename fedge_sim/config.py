@@ -402,7 +402,11 @@ class Settings(Table):
 
     def with_data_root(self, path: str) -> Self:
         """Return the settings with the data somewhere else: a node's own folder."""
-        config = self.app.config.model_copy(update={"data_root": absolute(path)})
+        return self.with_data(data_root=absolute(path))
+
+    def with_data(self, **values: object) -> Self:
+        """Return the settings with other values in the table ``app.config``."""
+        config = self.app.config.model_copy(update=values)
         return self.model_copy(update={"app": self.app.model_copy(update={"config": config})})
 
     def with_runtime(self, **values: object) -> Self:

@@ -31,7 +31,7 @@ from fedge_sim.data.base import DataSummary
 from fedge_sim.errors import RoundError
 from fedge_sim.reporting.base import Callback, HeldOut, RunInfo, VersionRecord, new_results_folder
 from fedge_sim.runtime.node import LocalGrid
-from fedge_sim.runtime.roster import call_roster, settle_training, survey
+from fedge_sim.runtime.roster import call_roster, settle_training, survey, survey_again
 from fedge_sim.runtime.rounds import Job
 from fedge_sim.runtime.timeline import (
     CloudAnswers,
@@ -158,7 +158,12 @@ class DeviceRun:
         """
         settings, h = self.settings, self.settings.hierarchy
         self._roster = call_roster(self.grid, h.num_clients, settings.runtime.node_timeout_s)
-        self._data = data = survey(self.grid, self._roster, settings)
+        asked = settings.app
+        if self._resumed is None:
+            data = survey(self.grid, self._roster, settings)
+        else:
+            settings, data = survey_again(self.grid, self._roster, settings, self._resumed)
+        self._data = data
         self.settings = settings = settle_training(self.grid, self._roster, settings)
         model = initial_model(settings, data.example_shape, len(data.classes))
         self._trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -175,6 +180,7 @@ class DeviceRun:
         events = timeline(settings, size, size, partial(steps_of_a_client, settings, data))
         folder = new_results_folder(settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
+            settings = settings.model_copy(update={"app": asked})
             self._checkpoints = Checkpoints(folder, settings, data)
             if self._resumed is not None:
                 self._restore(events)

@@ -49,7 +49,7 @@ from fedge_sim.reporting.base import (
 from fedge_sim.runtime.backend import open_grid
 from fedge_sim.runtime.device_pool import DevicePool, seconds_of
 from fedge_sim.runtime.node import Done, LocalGrid
-from fedge_sim.runtime.roster import call_roster, settle_training, survey
+from fedge_sim.runtime.roster import call_roster, settle_training, survey, survey_again
 from fedge_sim.runtime.state import StateFile
 from fedge_sim.runtime.turns import send_in_turn
 from fedge_sim.training.base import model_arrays
@@ -110,7 +110,11 @@ class Orchestrator:
         """
         h = self.settings.hierarchy
         roster = call_roster(self.grid, h.num_clients, self.settings.runtime.node_timeout_s)
-        data = survey(self.grid, roster, self.settings)
+        asked = self.settings.app
+        if self._resumed is None:
+            data = survey(self.grid, roster, self.settings)
+        else:
+            self.settings, data = survey_again(self.grid, roster, self.settings, self._resumed)
         self.settings = settle_training(self.grid, roster, self.settings)
         model = initial_model(self.settings, data.example_shape, len(data.classes))
         trainable = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
@@ -118,14 +122,15 @@ class Orchestrator:
         leaves = self._leaf_servers(model, roster, data)
         folder = new_results_folder(self.settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
-            self._checkpoints = Checkpoints(folder, self.settings, data)
+            settings = self.settings.model_copy(update={"app": asked})
+            self._checkpoints = Checkpoints(folder, settings, data)
             if self._resumed is None:
                 self._keep_client_state(folder, None)
             else:
                 state = self._restore(folder, leaves)
                 log.info("resumed after round %d of %d", state.global_round, h.global_rounds)
             done = tuple(self._accuracies)
-            info = RunInfo(self.settings, folder, data, sum(trainable.values()), done)
+            info = RunInfo(settings, folder, data, sum(trainable.values()), done)
             return Result(folder, self._rounds(info, state, leaves))
 
     def _rounds(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import subprocess
 import sys
 import warnings
@@ -18,14 +19,19 @@ from flwr_datasets.partitioner import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedge_sim import orchestrator
 from fedge_sim.config import load_settings
-from fedge_sim.data import federate
+from fedge_sim.data import federate, federated_data
 from fedge_sim.data.base import ClientData, Dataset, Names
 from fedge_sim.data.partition import PARTITIONS, dirichlet_counts, in_order, partition
 from fedge_sim.data.split import TEST_SHARE, blocks, random_split, split
 from fedge_sim.data.store import canonical
-from fedge_sim.errors import ConfigError, FedgeError
+from fedge_sim.errors import CheckpointError, ConfigError, FedgeError
 from fedge_sim.randomness import stream
+from fedge_sim.reporting.base import Callback
+from fedge_sim.reporting.tables import TableWriter
+from fedge_sim.reporting.versions import VersionWriter
+from fedge_sim.reporting.weights import WeightWriter
 from tests.conftest import ROOT, clean_environment, opened, run
 
 
@@ -651,10 +657,99 @@ def test_a_client_that_the_gaps_leave_without_training_is_named(tmp_path):
         federate(settings)  # windows 0, 1 and 2 overlap
 
 
+RULES = {
+    "rounds": ("hierarchy.global_rounds=3",),
+    "versions": (
+        *("devices.enable=true", "devices.device_speed={mean = [1.0], std = 0.3}"),
+        *("devices.device_selection_size=4", "devices.max_model_version=6"),
+        *("asynchronous.rule=fedbuff", "devices.num_updates_for_model=2"),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        *(("rounds", "meaning"), ("rounds", "lost"), ("rounds", "damaged")),
+        *(("versions", "meaning"), ("versions", "file")),
+    ],
+)
+def test_a_run_is_resumed_with_the_examples_that_it_began_with(
+    small, tmp_path, monkeypatch, caplog, kind, change
+):
+    """Whatever its partition means since, or its file says, while the run was not at work."""
+    module = sys.modules["fedge_sim.data.partition"]
+    own = [*RULES[kind], "runtime.backend=inprocess"]
+    if change == "file":
+        file = tmp_path / "own.json"
+        rows = np.arange(360).reshape(9, 40)
+        servers = {s: {c: rows[3 * s + c].tolist() for c in range(3)} for s in range(3)}
+        file.write_text(json.dumps(servers))
+        own += ["app.config.partition=file", f"app.config.partition-file={file}"]
+    else:  # users in the order that an older version had
+        monkeypatch.setattr(module, "in_order", lambda names: list(range(len(names)))[::-1])
+        monkeypatch.setattr(federated_data, "_key", None)
+
+    def models(folder):
+        files = sorted((folder / "models").glob("*.safetensors"))
+        return {file.name: file.read_bytes() for file in files}
+
+    def callbacks(*more):
+        return [VersionWriter() if kind == "versions" else TableWriter(), *more]
+
+    monkeypatch.setattr("fedge_sim.device_run.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("fedge_sim.device_run.SAVE_SHARE", math.inf)
+    whole = orchestrator.run(small(*own), callbacks(WeightWriter())).folder
+    stopped = small(*own, f"app.config.output-dir={tmp_path / 'stopped'}")
+    with pytest.raises(KeyboardInterrupt):
+        orchestrator.run(stopped, callbacks(WeightWriter(), Stopped()))
+    [folder] = (tmp_path / "stopped").iterdir()
+    # The run is gone on with where users have another order, or the file other rows.
+    monkeypatch.setattr(module, "in_order", in_order)
+    monkeypatch.setattr(federated_data, "_key", None)
+    if change == "file":
+        servers[0][0], servers[2][2] = servers[2][2], servers[0][0]
+        file.write_text(json.dumps(servers))
+    kept = folder / "partition.json"
+    if change == "lost":
+        kept.unlink()
+    if change == "damaged":
+        clients = json.loads(kept.read_text())
+        clients["0"]["0"], clients["0"]["1"] = clients["0"]["1"], clients["0"]["0"]
+        kept.write_text(json.dumps(clients))
+    caplog.set_level("INFO", logger="fedge_sim")
+    if change in ("lost", "damaged"):
+        with pytest.raises(CheckpointError):
+            orchestrator.resume(folder, lambda _: callbacks(WeightWriter()))
+        return
+    orchestrator.resume(folder, lambda _: callbacks(WeightWriter()))
+    assert f"clients keep the examples that they began with: {kept}" in caplog.text
+    assert models(folder) == models(whole)
+    assert kept.read_bytes() == (whole / "partition.json").read_bytes()
+    recorded = json.loads((folder / "run.json").read_text())["settings"]["app"]["config"]
+    assert recorded["partition"] == stopped.data.partition
+
+
+class Stopped(Callback):
+    """Stops a run when it has a checkpoint to go on from."""
+
+    def __init__(self):
+        self.ends = 0
+
+    def on_round_end(self, record):
+        self.on_version(record)
+
+    def on_version(self, record):
+        self.ends += 1
+        if self.ends == 3 or (self.ends == 2 and not hasattr(record, "event")):
+            raise KeyboardInterrupt
+
+
 LOADS = """
 import sys
 from fedge_sim.config import load_settings
-from fedge_sim.data import federate
+from fedge_sim import orchestrator
+from fedge_sim.data import federate, federated_data
 data = federate(load_settings(assignments=["app.config.partition=dirichlet"]))
 print([own.rows.sum() for own in data.clients], "datasets" in sys.modules)
 """

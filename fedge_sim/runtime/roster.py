@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from flwr.app import ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedge_sim import records
+from fedge_sim import checkpoint, records
 from fedge_sim.config import Settings
 from fedge_sim.data.base import DataSummary, Standardisation, warn_of_form
 from fedge_sim.data.drawn import are_drawn
@@ -208,6 +209,36 @@ def survey(grid: Grid, roster: Roster, settings: Settings) -> DataSummary:
         num_held_out=num_held_out,
         sides_given=parts[min(parts)].sides_given,
     )
+
+
+def survey_again(
+    grid: Grid, roster: Roster, settings: Settings, folder: Path
+) -> tuple[Settings, DataSummary]:
+    """Ask as :func:`survey` does in a run that is resumed: clients keep what they began with.
+
+    They are dealt the same examples as then. Where the partition means something else now, or its
+    file has changed, they come from the ``partition.json`` that the run wrote down.
+
+    Parameters
+    ----------
+    folder : Path
+        The run's results folder.
+
+    Returns
+    -------
+    settings : Settings
+        With that file, if it is needed.
+    data : DataSummary
+        What its checkpoint says of it is not checked here.
+    """
+    data = survey(grid, roster, settings)
+    began = checkpoint.load(folder / checkpoint.NAME, arrays=False)["began"]
+    file = folder / "partition.json"
+    if checkpoint.digest_of_clients(data.clients) == began["clients"] or not file.exists():
+        return settings, data
+    log.info("clients keep the examples that they began with: %s", file)
+    settings = settings.with_data(partition="file", partition_file=str(file.resolve()))
+    return settings, survey(grid, roster, settings)
 
 
 def settle_training(grid: Grid, roster: Mapping[int, int], settings: Settings) -> Settings:
