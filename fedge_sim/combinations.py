@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, TypeAlias
 
-from fedge_sim.errors import ConfigError
+from fedge_sim.errors import ConfigError, as_toml
 
 if TYPE_CHECKING:
     from fedge_sim.config import Settings
@@ -36,6 +36,9 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
     rule, servers = h.client_rule, h.num_servers
     clusters = cluster.enable and cluster.method != "none"
     compared = settings.num_training if settings.draws_leaf_servers else servers
+    accumulation = h.accumulation
+    if accumulation == "profile":
+        accumulation = 2 if settings.runtime.gpu_profile == "aggressive" else 1
     own_average = rule in ("scaffold", "pfedme", "local", "centralised")
     return (
         (
@@ -95,6 +98,12 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
             rule == "pfedme" and settings.runtime.training == "cohort",
             *("runtime", "training"),
             'pFedMe trains one client at a time: allowed: "auto", "single", "reference"',
+        ),
+        (
+            settings.runtime.compile is True and accumulation > 1,
+            *("runtime", "compile"),
+            f"a step of several batches is not compiled (hierarchy.accumulation = "
+            f'{as_toml(h.accumulation)}): set accumulation = 1, or compile = "auto"',
         ),
         (
             clusters and cluster.method == "cfl" and compared < 2 * cluster.min_cluster_size,

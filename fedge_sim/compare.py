@@ -36,6 +36,7 @@ from fedge_sim.reporting.figures import draw_figures, file_name
 from fedge_sim.reporting.progress import ConsoleReporter
 from fedge_sim.reporting.published import show, write_tables
 from fedge_sim.reporting.tables import write_json
+from fedge_sim.unread import told, unread
 
 log = logging.getLogger(__name__)
 
@@ -118,10 +119,13 @@ def plan_run(
     deals = base.hierarchy.clients_per_server
     _refuse_overruled(base, common, variant)
     assignments = [*common, *variant.method.assignments(deals), *variant.more]
-    servers = load_settings(config, assignments=assignments).hierarchy.clients_per_server
+    own = load_settings(config, assignments=assignments, lenient=True)
+    servers = own.hierarchy.clients_per_server
     file = toml(str(_partition_file(folder, seed, servers)))
     assignments += ["app.config.partition=file", f"app.config.partition-file={file}"]
-    settings = load_settings(config, assignments=assignments, output_dir=place, seed=str(seed))
+    settings = load_settings(
+        config, assignments=assignments, output_dir=place, seed=str(seed), lenient=True
+    )
     if settings.by_versions:
         raise ConfigError("devices that are drawn or asynchronous have no rounds to compare here")
     if servers != variant.method.clients_per_server(deals):
@@ -171,6 +175,20 @@ def refuse_other_settings(planned: Planned, where: Path, before: Any) -> None:
             f"{where}: there is a run with other settings ({difference}); "
             f"choose another --output-dir, or delete {planned.place}"
         )
+
+
+def tell_without_effect(plan: Sequence[Planned]) -> None:
+    """Log which settings none of the methods reads, and which a row has for nothing."""
+    rows = {planned.variant.label: planned for planned in plan}
+    unheeded = {label: list(unread(planned.settings)) for label, planned in rows.items()}
+    of_all = [key for key in unheeded[plan[0].variant.label] if not key.reason.data]  # dealt out
+    of_all = [key for key in of_all if all(key in keys for keys in unheeded.values())]
+    if text := told(of_all):
+        log.warning(text)
+    for label, planned in rows.items():
+        own = {_path(text) for text in planned.variant.more}
+        if text := told([k for k in unheeded[label] if k.path in own and k not in of_all]):
+            log.warning("%s: %s", label, text)
 
 
 def identity(tables: dict[str, Any]) -> dict[str, Any]:
@@ -353,6 +371,7 @@ def compare(
     for planned in plan:
         if state := _state(planned.place):
             refuse_other_settings(planned, planned.place / STATE, state["settings"])
+    tell_without_effect(plan)
     asked = [{"label": v.label, **asdict(v.method), "more": v.more} for v in variants]
     common_to_all = identity(_tables(bases[0]))
     asked_for = {"methods": asked, "seeds": seeds, "target": target, "base": common_to_all}

@@ -43,13 +43,27 @@ from fedge_sim.config_types import (
     ProfileShare,
     ProfileSwitch,
     Seconds,
+    Share,
+    Similarity,
     Table,
     absolute,
 )
-from fedge_sim.errors import ConfigError, suggest
+from fedge_sim.errors import ConfigError, as_toml
+from fedge_sim.unknown import other_rule, unknown_keys
+from fedge_sim.unread import refuse_unread_data
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
 MAX_SERVERS = 100_000
+_QUICK = {"global_rounds": 10}  # what else PYPROJECT has as it is shipped
+
+# Of overrides: what parts one from the next; text in quotes that begins a value; a comment.
+_GAP = re.compile(r"\s+(?=[\w\-]+\.[\w.\-]+\s*=)")
+_QUOTED = re.compile(
+    r'''(?<=[=\[{,\s])(?:"""(?:\\.|[^\\])*?"""|"(?:\\.|[^"\\\n])*"|'''
+    r"""'''.*?'''|'[^'\n]*')""",
+    re.DOTALL,
+)
+_COMMENT = re.compile(r"#[^\n]*")
 
 # What belongs to Flower itself under tool.flwr, and in its table app.
 _FLOWER_TABLES = {"federations"}
@@ -90,7 +104,7 @@ class AppConfig(Table):
     synthetic_windows_per_client: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     num_classes: Annotated[int, Field(ge=0)] = 6
     model: str = "cnn1d"
-    label_swap: Annotated[float, Field(ge=0, le=1)] = 0.0
+    label_swap: Share = 0.0
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 42
     output_dir: AbsolutePath = "results"
     overrides: str = ""
@@ -128,7 +142,7 @@ class Hierarchy(Table):
     prox_mu: NonNegative = 0.001
     prox_mu_min: NonNegative = 0.0001
     prox_mu_decay: Annotated[float, Field(gt=0, le=1)] = 0.9
-    acc_stable_threshold: NonNegative = 0.002
+    acc_stable_threshold: Share = 0.002
     client_rule: Literal["sgd", "scaffold", "pfedme", "fedbn", "local", "centralised"] = "sgd"
     scaffold_warmup_rounds: Annotated[int, Field(ge=0)] = 0
     pfedme_lambda: Positive = 15.0
@@ -140,9 +154,9 @@ class Hierarchy(Table):
     leaf_strategy: str = ""
     leaf_strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)
     es_patience: Annotated[int, Field(ge=0)] = 5
-    es_delta: NonNegative = 0.001
-    target_accuracy: Annotated[float, Field(ge=0, le=1)] = 0.0
-    cluster_better_delta: float = 0.0
+    es_delta: Share = 0.001
+    target_accuracy: Share = 0.0
+    cluster_better_delta: Annotated[float, Field(ge=-1, le=1)] = 0.0
 
     @model_validator(mode="before")
     @classmethod
@@ -207,11 +221,11 @@ class CloudCluster(Table):
     frequency: Count = 1
     method: Literal["cosine_similarity", "agglomerative", "cfl", "none"] = "cosine_similarity"
     features: Literal["head", "weights", "updates"] = "head"
-    tau: NonNegative = 0.7
+    tau: Similarity = 0.7
     num_clusters: Count = 2
     eps_1: NonNegative = 0.4
     eps_2: NonNegative = 1.6
-    gamma_max: Annotated[float, Field(ge=0, le=1)] = 0.0
+    gamma_max: Share = 0.0
     min_cluster_size: Count = 2
     linkage: Literal["complete", "single"] = "complete"
 
@@ -258,6 +272,21 @@ class Runtime(Table):
         if self.compile is True and self.precision == "bf16":
             problem = "steps are compiled in float32; set compile = false, or another precision"
             raise ConfigError.at("runtime", "precision", self.precision, problem)
+        return self
+
+    @model_validator(mode="after")
+    def _steps_of_one_client_are_compiled(self) -> Self:
+        if self.compile is not True:
+            return self
+        together = self.cohort_size not in ("auto", 1)
+        if together or self.training in ("reference", "cohort"):
+            key = "cohort_size" if together else "training"
+            why = f"{key} = {as_toml(getattr(self, key))}"
+            problem = (
+                f"steps of one client at a time are compiled, and with {why} there would be none: "
+                'use training = "single" or "auto" and no cohort_size, or compile = "auto"'
+            )
+            raise ConfigError.at("runtime", "compile", self.compile, problem)
         return self
 
     @model_validator(mode="after")
@@ -353,6 +382,11 @@ class Settings(Table):
         return sum(map(h.participants, h.clients_per_server))
 
     @property
+    def has_leaf_models(self) -> bool:
+        """Whether leaf servers have models of their own, which the cloud can group."""
+        return not self.by_versions or self.asynchronous.server == "leaf"
+
+    @property
     def local_steps(self) -> int:
         """Steps after which a client's training ends; 0: after ``hierarchy.local_epochs``."""
         return (self.devices.enable and self.devices.local_iters) or self.hierarchy.local_steps
@@ -390,11 +424,13 @@ class Settings(Table):
         Raises
         ------
         ConfigError
-            For the first wrong setting: table, key, value and what is allowed.
+            For all unknown keys, or the first wrong setting: table, key, value, what is allowed.
         """
         known = {name: table for name, table in tables.items() if name not in _FLOWER_TABLES}
         if isinstance(app := known.get("app"), Mapping):
             known["app"] = {k: v for k, v in app.items() if k not in _FLOWER_APP_KEYS}
+        if unknown := unknown_keys(cls, known):
+            raise ConfigError("; ".join(unknown))
         try:
             return cls.model_validate(known)
         except ValidationError as error:
@@ -434,6 +470,7 @@ def load_settings(
     assignments: Iterable[str] = (),
     output_dir: Path | None = None,
     seed: str | None = None,
+    lenient: bool = False,
 ) -> Settings:
     """Read the settings of a run from a file and what overrides it.
 
@@ -451,19 +488,24 @@ def load_settings(
         Overrides ``app.config.output-dir``.
     seed : str, optional
         The value of the environment variable ``SEED``; overrides ``app.config.seed``.
+    lenient : bool
+        Whether settings of data may be left unread, as something else takes their place.
 
     Raises
     ------
     ConfigError
-        If the file cannot be read or a setting is wrong.
+        If the file cannot be read, a setting is wrong, or one of data would not be read.
     """
     tables = _read_tables(file or PYPROJECT)
+    shipped = _read_tables(PYPROJECT) if (file or PYPROJECT).resolve() == PYPROJECT else {}
     config = _table(tables, "app.config")
     if app_config is not None:
         config.clear()
         config.update(app_config)
     for assignment in (*split_overrides(config.get("overrides", "")), *assignments):
-        _assign(tables, assignment)
+        path = _assign(tables, assignment)
+        table, _, key = path.rpartition(".")
+        _table(shipped, table).pop(key, None)
     if output_dir is not None:
         config["output-dir"] = str(output_dir)
     if seed is not None:
@@ -473,7 +515,28 @@ def load_settings(
                 "of at most 18 digits"
             )
         config["seed"] = int(seed)
-    return Settings.from_tables(tables)
+    settings = Settings.from_tables(tables)
+    _forget_defaults(settings, shipped)
+    if not lenient:
+        refuse_unread_data(settings)
+    return settings
+
+
+def _forget_defaults(settings: Settings, shipped: dict[str, Any]) -> None:
+    """Count as not set what the application's own file names and leaves as it is by default.
+
+    All keys of its table ``app.config`` stand there, as ``flwr run -c`` takes no others.
+    """
+    for path in ("app.config", "hierarchy", "cloud_cluster", "runtime"):
+        table: Any = settings
+        for name in path.split("."):
+            table = getattr(table, name)
+        usual = type(table)()
+        for key in _table(shipped, path):
+            name = key.replace("-", "_")
+            now = getattr(table, name, None)
+            if now in (getattr(usual, name, None), _QUICK.get(name, ())):
+                table.model_fields_set.discard(name)
 
 
 def environment_seed() -> str | None:
@@ -485,8 +548,19 @@ def split_overrides(text: object) -> list[str]:
     """Split ``"a.b=1 c.d=[1, 2]"`` into its assignments; blanks inside values are kept."""
     if not isinstance(text, str):
         raise ConfigError.at("app.config", "overrides", text, "must be text of table.key=value")
-    # A path has a dot, and a key inside of an inline table has none.
-    return [pair for pair in re.split(r"\s+(?=[\w\-]+\.[\w.\-]+=)", text.strip()) if pair]
+    text = text.strip()
+    pairs, begin, at, depth = [], 0, 0, 0
+    while at < len(text):
+        if not depth and (gap := _GAP.match(text, at)):
+            pairs.append(text[begin:at])
+            begin = at = gap.end()
+        elif whole := _QUOTED.match(text, at) or (depth and _COMMENT.match(text, at)):
+            at = whole.end()
+        else:
+            opens = text[at] in "[{" and (depth or text[:at].rstrip().endswith("="))
+            depth += bool(opens) - bool(depth and text[at] in "]}")
+            at += 1
+    return [pair for pair in (*pairs, text[begin:]) if pair]
 
 
 def _read_tables(file: Path) -> dict[str, Any]:
@@ -503,8 +577,8 @@ def _read_tables(file: Path) -> dict[str, Any]:
     return tables
 
 
-def _assign(tables: dict[str, Any], assignment: str) -> None:
-    """Carry out one ``table.key=value`` on the tables, in place."""
+def _assign(tables: dict[str, Any], assignment: str) -> str:
+    """Carry out one ``table.key=value`` on the tables, in place, and return its path."""
     path, equals, text = assignment.partition("=")
     table, _, key = path.strip().rpartition(".")
     if not equals or not all(path.strip().split(".")) or not table:
@@ -519,6 +593,7 @@ def _assign(tables: dict[str, Any], assignment: str) -> None:
     _table(tables, table)[key] = _value(text.strip())
     if (table, key) == ("hierarchy", "client_rule"):  # takes the place of its older name, too
         _table(tables, table).pop("scaffold_enabled", None)
+    return path.strip()
 
 
 def _table(tables: dict[str, Any], path: str) -> dict[str, Any]:
@@ -535,6 +610,9 @@ def _value(text: str) -> Any:
     try:
         document = tomli.loads(f"value = {text}")
     except tomli.TOMLDecodeError:
+        if text[:1] in ("'", '"'):
+            problem = "begins with a quote, and is no text in quotes: close it, or leave it out"
+            raise ConfigError(f"{text}: {problem}") from None
         return text
     return document["value"] if len(document) == 1 else text  # a second line, or table
 
@@ -552,16 +630,13 @@ def _config_error(error: ValidationError) -> ConfigError:
     if path and key.isdigit():  # an entry of a list: name the list
         key = f"{path.pop()}[{key}]"
     table = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        known = _keys_of(path)
-        if not path:
-            return ConfigError(f"[{key}]: unknown table; {suggest(key, known)}")
-        return ConfigError.at(table, key, first["input"], f"unknown key; {suggest(key, known)}")
     message = first["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
     if first["type"] == "tuple_type":
         message = "must be a list of integers"
         if key in Delay.model_fields:
             message = "must be a number, or a list of one for each class of devices"
+    if other := other_rule(Settings, f"{table}.{key}", first["input"]):
+        message += f"; {other}"
     return ConfigError.at(table, key, first["input"], message)
 
 
@@ -571,10 +646,3 @@ def _allowed(path: list[str]) -> str | None:
     table: Any = tables.get(path[0]) if len(path) == 2 else None
     field = table.model_fields.get(path[1]) if table else None
     return field.description if field else None
-
-
-def _keys_of(path: list[str]) -> list[str]:
-    model: Any = Settings
-    for name in path:
-        model = model.model_fields[name].annotation
-    return [field.alias or name for name, field in model.model_fields.items()]

@@ -6,6 +6,15 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
+def _some_are_alike(tau: float) -> float:
+    if tau > 1:
+        raise ValueError(
+            "must be at most 1, as no similarity is more: with 1 only what is equal belongs "
+            "together, and with cloud_cluster.enable = false nothing is grouped"
+        )
+    return tau
+
+
 def absolute(path: str) -> str:
     """Return a path in full, ``~`` too."""
     try:
@@ -24,6 +33,8 @@ SecondsOrNever = Annotated[
 ]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Similarity = Annotated[NonNegative, AfterValidator(_some_are_alike)]
 AbsolutePath = Annotated[str, AfterValidator(absolute)]
 OptionalPath = Annotated[str, AfterValidator(lambda path: path and absolute(path))]
 

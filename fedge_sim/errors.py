@@ -28,7 +28,7 @@ class ConfigError(FedgeError):
         problem : str
             What is allowed, or what to do.
         """
-        return cls(f"[{table}] {key} = {_toml(value)}: {problem}")
+        return cls(f"[{table}] {key} = {as_toml(value)}: {problem}")
 
 
 class DataError(FedgeError):
@@ -84,7 +84,8 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"allowed: {', '.join(known)}"
 
 
-def _toml(value: object) -> str:
+def as_toml(value: object) -> str:
+    """Return a value much as TOML writes it, for messages."""
     if isinstance(value, bool):
         return str(value).lower()
     return f'"{value}"' if isinstance(value, str) else str(value)

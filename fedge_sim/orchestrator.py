@@ -54,6 +54,7 @@ from fedge_sim.runtime.state import StateFile
 from fedge_sim.runtime.turns import send_in_turn
 from fedge_sim.training.base import model_arrays
 from fedge_sim.training.local import Evaluation, pool
+from fedge_sim.unread import told, unread
 
 if TYPE_CHECKING:
     from flwr.app import Message
@@ -434,6 +435,8 @@ def main(
         settings = load_settings(
             config, assignments=assignments or [], output_dir=output_dir, seed=environment_seed()
         )
+        if without_effect := told(unread(settings)):
+            log.warning(without_effect)
         run(settings, callbacks_of(settings, console))
     except FedgeError as error:
         typer.echo(f"error: {error}", err=True)

@@ -31,7 +31,12 @@ RULES = {
     ),
     "FedBuff": ("asynchronous.rule=fedbuff", "hierarchy.server_lr=0.05"),
     "Down-weighting": ("asynchronous.rule=downweight", "hierarchy.server_lr=0.1"),
-    "FedRevive": ("asynchronous.rule=fedrevive", "hierarchy.server_lr=0.1"),
+    "FedRevive": (
+        "asynchronous.rule=fedrevive",
+        "hierarchy.server_lr=0.1",
+        "fedrevive.generator_width=32",
+        "fedrevive.synthesis_batch_size=32",
+    ),
 }
 Point = tuple[float, float, float]  # simulated seconds, updates, accuracy
 

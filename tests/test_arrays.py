@@ -130,7 +130,9 @@ def test_a_layout_that_makes_no_sense(saved, refused):
     file = saved({"X": np.zeros((6, 7)), "y": np.arange(6)})
     line = refused("arrays", file, error=ConfigError, more=more)
     assert 'X is (N, features), (6, 7), without channels: must be "auto"' in line
-    with pytest.raises(ConfigError, match="'digits' has a layout of its own: must be \"auto\""):
+    with pytest.raises(
+        ConfigError, match=r'goes with app.config.dataset = "arrays", and dataset is "digits"'
+    ):
         opened("digits", "nowhere", *more)
 
 

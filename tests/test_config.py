@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,7 +17,10 @@ from fedge_sim.config import (
 )
 from fedge_sim.data import federate
 from fedge_sim.errors import ConfigError, FedgeError
+from fedge_sim.methods import METHODS
 from fedge_sim.models import build_model
+from fedge_sim.runtime.gpu import PROFILES
+from fedge_sim.unknown import WORDS, _all_keys
 from tests.conftest import OVER_SEVERAL_LINES, ROOT, clean_environment, command_line
 
 REFERENCE = {
@@ -248,7 +252,171 @@ def test_the_applications_own_file_is_toml_1_0():
     assert tomllib.loads(text) == tomli.loads(text)
 
 
+def test_all_unknown_keys_are_told_at_once(tmp_path):
+    file = tmp_path / "job.toml"
+    file.write_text(
+        "[tool.flwr]\nseed = 1\n[tool.flwr.app.config]\nnum-server-rounds = 3\nlr = 0.1\n"
+        "[tool.flwr.hierarchy]\nseed = 7\nlocal-epochs = 2\nclient_rule = 'fedprox'\n"
+        "[tool.flwr.devices.availability]\nonlin = 0.5\n"
+        "[tool.flwr.dat]\nalpha = 0.3\n[tool.flwr.run_time]\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_settings(file)
+    assert str(caught.value).split("; [") == [
+        "seed = 1: stands in no table; did you mean app.config.seed?",
+        "app.config] num-server-rounds = 3: unknown key; did you mean hierarchy.global_rounds?",
+        "app.config] lr = 0.1: unknown key; did you mean hierarchy.lr_init?",
+        "hierarchy] seed = 7: unknown key; did you mean app.config.seed?",
+        "hierarchy] local-epochs = 2: unknown key; did you mean 'local_epochs'?",
+        "devices.availability] onlin = 0.5: unknown key; did you mean 'online'?",
+        "dat] alpha = 0.3: there is no table 'dat'; did you mean app.config.partition-alpha?",
+        "run_time]: unknown table; did you mean 'runtime'?",
+    ]
+
+
+WORDS_OF_OTHERS = {
+    "num-server-rounds": "hierarchy.global_rounds",
+    "learning_rate": "hierarchy.lr_init",
+    "learning-rate": "hierarchy.lr_init",
+    "lr": "hierarchy.lr_init",
+    "local-epochs": "hierarchy.local_epochs",
+    "fraction_fit": "hierarchy.participation",
+    "fraction-train": "hierarchy.participation",
+    "proximal_mu": "hierarchy.prox_mu",
+    "num_clients": "hierarchy.clients_per_server",
+    "client_num_per_round": "hierarchy.participation",
+    "comm_round": "hierarchy.global_rounds",
+    "central_num_iterations": "hierarchy.global_rounds",
+    "alpha": "app.config.partition-alpha",
+    "dataset_flag": "app.config.dataset",
+    "data_dir": "app.config.data-root",
+    "batch-size": "hierarchy.batch_size",
+    "min_available_clients": "runtime.min_clients_per_round",
+    "federated_optimizer": "hierarchy.client_rule",
+    "cohort-size": "runtime.cohort_size",
+}
+
+
+@pytest.mark.parametrize(("word", "meant"), WORDS_OF_OTHERS.items())
+@pytest.mark.parametrize("table", ["app.config", "hierarchy", "runtime", "fedrevive"])
+def test_what_people_call_settings(table, word, meant):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(assignments=[f"{table}.{word}=1"])
+    own = meant.removeprefix(f"{table}.")
+    said = meant if own == meant else repr(own)
+    assert str(caught.value) == f"[{table}] {word} = 1: unknown key; did you mean {said}?"
+
+
+def test_the_words_of_others_mean_settings_that_there_are():
+    fields = {f"{t}.{k}" for t, k in _all_keys(Settings)}
+    assert set(WORDS.values()) <= fields
+    names = {path.rpartition(".")[2].replace("-", "_") for path in fields}
+    assert not names & WORDS.keys()  # a setting's own name means itself
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("hierarchy.client_rule=fedprox", "FedProx is made by hierarchy.num_servers = 1, "),
+        ("hierarchy.client_rule=FedAvg", "python -m fedge_sim.compare --methods fedavg"),
+        ("hierarchy.client_rule=cfl", 'cloud_cluster.method = "cfl"'),
+        ("hierarchy.client_rule=hierfl", "cloud_cluster.enable = false, and by python -m"),
+        ("hierarchy.client_rule=fedbuff", 'did you mean asynchronous.rule = "fedbuff"?'),
+        ("hierarchy.client_rule=FedAdam", 'did you mean hierarchy.leaf_strategy = "FedAdam"?'),
+        ("asynchronous.rule=scaffold", 'hierarchy.client_rule = "scaffold"'),
+        ("cloud_cluster.method=fedavg", "FedAvg is made by "),
+    ],
+)
+def test_a_method_that_is_no_rule_says_what_makes_it(assignment, said):
+    with pytest.raises(ConfigError, match="must be '") as caught:
+        load_settings(assignments=[assignment])
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_makes_a_method_makes_it(name):
+    """The settings that are told, given to the defaults, are the method's."""
+    other = "asynchronous.rule" if name == "cfl" else "cloud_cluster.method"
+    with pytest.raises(ConfigError) as caught:
+        load_settings(assignments=[f"{other}={name}"])
+    told = re.search(r"is made by (.*), and by python", str(caught.value)).group(1)
+    method, pairs = METHODS[name], re.split(r", (?=\w+\.)", told)
+    pairs = [pair for pair in pairs if "=" in pair]
+    servers = method.clients_per_server((3, 3, 3))
+    topology = [f"hierarchy.clients_per_server={list(servers)}"]
+    topology += [f"hierarchy.num_servers={len(servers)}"] * ("num_servers" not in told)
+    made = load_settings(assignments=[*topology, *pairs])
+    assert made == load_settings(assignments=method.assignments((3, 3, 3)))
+
+
+def test_overrides_keep_what_stands_in_quotes(tmp_path):
+    text = (
+        """app.config.data-root="/a b.c=d/e" hierarchy.global_rounds=2 app.config.dataset=arrays """
+        """app.config.output-dir='/x y.z=1' app.config.model=it's cloud_cluster.tau=0.5"""
+    )
+    assert split_overrides(text) == [
+        *('app.config.data-root="/a b.c=d/e"', "hierarchy.global_rounds=2"),
+        *("app.config.dataset=arrays", "app.config.output-dir='/x y.z=1'"),
+        *("app.config.model=it's", "cloud_cluster.tau=0.5"),
+    ]
+    settings = load_settings(app_config={"overrides": text})
+    assert settings.data.data_root == "/a b.c=d/e"
+    assert (settings.hierarchy.global_rounds, settings.cloud_cluster.tau) == (2, 0.5)
+    table = 'hierarchy.x={a.b = 1, # not "closed\n c.d = "} e.f=2"} hierarchy.y=[1,\n z.a=2] a.b=3'
+    assert split_overrides(table) == [
+        'hierarchy.x={a.b = 1, # not "closed\n c.d = "} e.f=2"}',
+        *("hierarchy.y=[1,\n z.a=2]", "a.b=3"),
+    ]
+    with pytest.raises(ConfigError, match=r'^"/a b: begins with a quote'):
+        load_settings(app_config={"overrides": 'app.config.data-root="/a b hierarchy.lr_init=1.0'})
+
+
+SHARES = {
+    "hierarchy": "participation lr_gamma momentum label_smoothing prox_mu_decay target_accuracy "
+    "acc_stable_threshold es_delta cluster_better_delta",
+    "cloud_cluster": "tau gamma_max",
+    "app.config": "label-swap",
+    "devices": "dropout availability.online",
+    "asynchronous": "mixing",
+    "runtime": "memory_share num_gpus_per_actor",
+}
+
+
+@pytest.mark.parametrize(
+    "path", [f"{table}.{key}" for table, keys in SHARES.items() for key in keys.split()]
+)
+def test_a_share_is_at_most_1(path):
+    for value in (1.001, -1.001):
+        with pytest.raises(ConfigError, match=re.escape(path.rpartition(".")[2])):
+            load_settings(assignments=[f"{path}={value}"])
+
+
+def test_compiled_steps_are_of_one_client_and_one_batch():
+    auto = ["runtime.compile=true"]
+    assert load_settings(assignments=auto).runtime.compile is True
+    assert load_settings(assignments=[*auto, "runtime.training=single"]).runtime.compile is True
+    one = [*auto, "runtime.cohort_size=1", "hierarchy.accumulation=profile"]
+    assert load_settings(assignments=one).runtime.compile is True
+    for wrong in (
+        *("runtime.training=reference", "runtime.training=cohort", "runtime.cohort_size=4"),
+        "hierarchy.accumulation=2",
+    ):
+        with pytest.raises(ConfigError, match=r"\[runtime\] compile = true: "):
+            load_settings(assignments=[*auto, wrong])
+    for name, profile in PROFILES.items():
+        by_profile = [*one, f"runtime.gpu_profile={name}"]
+        if profile.accumulation == 1:
+            assert load_settings(assignments=by_profile).runtime.compile is True
+        else:
+            with pytest.raises(ConfigError, match=r'hierarchy.accumulation = "profile"'):
+                load_settings(assignments=by_profile)
+
+
 WRONG = {
+    "cloud_cluster.tau=1.1": "[cloud_cluster] tau = 1.1: must be at most 1, as no similarity is "
+    "more: with 1 only what is equal belongs together, and with cloud_cluster.enable = false "
+    "nothing is grouped",
     "hierarchy.global_round=5": "[hierarchy] global_round = 5: unknown key; did you mean 'global_rounds'?",
     "hierachy.global_rounds=5": "[hierachy]: unknown table; did you mean 'hierarchy'?",
     "app.config.data_root=x": "[app.config] data_root = \"x\": unknown key; did you mean 'data-root'?",

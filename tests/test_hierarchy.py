@@ -58,9 +58,9 @@ def test_tau_0_is_plain_hierarchy(small):
     assert_equal(clustered.cluster_models[0], clustered.global_model)
 
 
-def test_a_tau_above_1_leaves_every_server_alone(small):
+def test_as_many_clusters_as_servers_leave_every_server_alone(small):
     keep = Keep()
-    run(small("cloud_cluster.tau=1.1"), [keep])
+    run(small("cloud_cluster.method=agglomerative", "cloud_cluster.num_clusters=3"), [keep])
     for record in keep.records:
         assert record.cloud.labels == (0, 1, 2)
         # what the cloud hands back is the leaf's own model

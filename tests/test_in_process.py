@@ -377,6 +377,17 @@ def test_compiled_steps_are_for_actors(small, monkeypatch, caplog):
     assert "threads would wait for each other" in caplog.text
 
 
+def test_a_part_of_a_gpu_that_is_not_there_is_refused(small, monkeypatch):
+    wants = small("runtime.backend=inprocess", "runtime.num_gpus_per_actor=0.5")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(ConfigError, match=r"num_gpus_per_actor = 0.5: there is no GPU here"):  # noqa: SIM117
+        with open_grid(wants, print, print):
+            pass
+    none = small("runtime.backend=inprocess", "runtime.num_gpus_per_actor=0")
+    with open_grid(none, print, print):
+        pass
+
+
 def test_the_way_to_train_is_settled(opened, caplog):
     caplog.set_level(logging.INFO, "fedge_sim")
     size, runtime = opened("runtime.training=auto")

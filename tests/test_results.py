@@ -196,8 +196,9 @@ def test_models_load_as_their_note_says(finished):
 
 
 def test_clusters_that_vanish_leave_no_file(small):
-    # tau above 1 in round 1 only: three clusters, then one
-    result = run(small("cloud_cluster.tau=1.1", "cloud_cluster.frequency=2"))
+    # three clusters in round 1, and one in round 2, in which no clustering is due
+    three = ("cloud_cluster.method=agglomerative", "cloud_cluster.num_clusters=3")
+    result = run(small(*three, "cloud_cluster.frequency=2"))
     assert result.last.cloud.labels == (0, 0, 0)
     names = {f.name for f in (result.folder / "models").iterdir()}
     assert names == {"global.safetensors", "cluster_0.safetensors", "models.json"}

@@ -159,7 +159,7 @@ def test_sizes_that_images_cannot_have(shared, refused):
     line = refused("cifar10", file, "image-size = 12", ConfigError, odd)
     assert "must be 0 (as they are), 1, 2, 4, 8, 16, 32" in line
     line = refused("digits", "nowhere", "image-size = 12", ConfigError, odd)
-    assert "dataset 'digits' stays as it is: must be 0" in line
+    assert 'goes with app.config.dataset = "cifar10", and dataset is "digits"' in line
 
 
 def batch(number=0, n=4):

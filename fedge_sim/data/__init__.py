@@ -37,8 +37,6 @@ DATASETS = {
     "hhar-synthetic": "hhar_synthetic",
     "uci-har": "uci_har",
 }
-RESIZED = ("cifar10",)  # those that image-size is about
-LAID_OUT = ("arrays",)  # those that layout is about
 
 
 @dataclass(frozen=True)
@@ -167,12 +165,6 @@ def load_dataset(config: AppConfig, tell: Tell = tell_nobody) -> Dataset:
     if config.dataset not in DATASETS:
         problem = f"unknown; {suggest(config.dataset, DATASETS)}"
         raise ConfigError.at("app.config", "dataset", config.dataset, problem)
-    if config.image_size and config.dataset not in RESIZED:
-        problem = f"dataset {config.dataset!r} stays as it is: must be 0"
-        raise ConfigError.at("app.config", "image-size", config.image_size, problem)
-    if config.layout != "auto" and config.dataset not in LAID_OUT:
-        problem = f'dataset {config.dataset!r} has a layout of its own: must be "auto"'
-        raise ConfigError.at("app.config", "layout", config.layout, problem)
     try:
         module = importlib.import_module(f"fedge_sim.data.{DATASETS[config.dataset]}")
         recipe: Recipe = module.recipe(config)

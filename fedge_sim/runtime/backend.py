@@ -80,6 +80,7 @@ def open_grid(
     backend, reason = choose(runtime, clients, cores, torch.cuda.device_count())
     workers, best = _threads(runtime, cores), 1
     if backend == "inprocess":
+        sizing.refuse_missing_gpu(runtime, torch.cuda.device_count())
         settings, best = _settle(settings, workers)
         if settings.runtime.compile is True and workers > 1:
             if runtime.backend == "auto":

@@ -164,9 +164,7 @@ def plan(
         If what the settings fix does not fit the machine, or not even one client does.
     """
     runtime, clients = settings.runtime, settings.clients_at_a_time
-    if runtime.num_gpus_per_actor not in ("auto", 0) and machine.gpus == 0:
-        problem = 'there is no GPU here; set 0 or "auto"'
-        raise ConfigError.at("runtime", "num_gpus_per_actor", runtime.num_gpus_per_actor, problem)
+    refuse_missing_gpu(runtime, machine.gpus)
     fixed = fixed_cohort(runtime)
     most = _most_by_cores(runtime, machine)
     if runtime.num_workers == "auto":
@@ -250,6 +248,13 @@ def _plan_on_gpus(
             streams=streams,
         )
     raise _no_room(runtime, profile, need, fixed or 1, cap)
+
+
+def refuse_missing_gpu(runtime: Runtime, gpus: int) -> None:
+    """Raise ConfigError if a part of a GPU is asked for, and there is none."""
+    if gpus == 0 and runtime.num_gpus_per_actor not in ("auto", 0):
+        problem = 'there is no GPU here; set 0 or "auto"'
+        raise ConfigError.at("runtime", "num_gpus_per_actor", runtime.num_gpus_per_actor, problem)
 
 
 def fixed_cohort(runtime: Runtime) -> int | None:
