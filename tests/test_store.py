@@ -184,6 +184,30 @@ def test_a_damaged_store_is_made_anew_and_that_is_said(tmp_path, warnings, damag
     assert folders(tmp_path) == [folder.name]
 
 
+def test_whatever_is_damaged_the_same_examples_are_opened(tmp_path):
+    def found():
+        data = open_dataset(recipe(), tmp_path)
+        arrays = (data.x, data.y, data.user, data.recording, data.position)
+        return [array.tolist() for array in arrays], data.names, data.content, dict(data.report)
+
+    expected = found()
+    folder = tmp_path / folders(tmp_path)[0]
+    rng = np.random.default_rng(0)
+    for number in range(150):
+        file = sorted(folder.iterdir())[int(rng.integers(8))]
+        content = bytearray(file.read_bytes())
+        begin, end = sorted(rng.choice(len(content) + 1, 2, replace=False).tolist())
+        if number % 3 == 0:
+            content[begin] ^= 1 << int(rng.integers(8))
+        elif number % 3 == 1:
+            del content[begin:end]
+        else:
+            content[begin:end] = bytes(end - begin)
+        file.write_bytes(content)
+        assert found() == expected
+        assert len(list(folder.iterdir())) == 8
+
+
 def test_a_copied_store_is_hashed_once_and_taken(tmp_path, monkeypatch):
     made, hashed = [], []
     open_dataset(recipe(made=made), tmp_path / "one")
