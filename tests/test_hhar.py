@@ -639,11 +639,14 @@ def test_the_store_of_an_archive_is_that_of_its_contents(tmp_path):
     file = zipped(tmp_path / "x.zip", both)
     assert len(load_dataset(hhar(file).data)) == 4
     changed = file.stat()
-    with_watches = load_dataset(hhar(file, "app.config.use-watches=true").data)
-    assert [f["file"] for f in with_watches.report["files"]] == [
-        *("Phones_accelerometer.csv", "Watch_accelerometer.csv"),
-        *("Phones_gyroscope.csv", "Watch_gyroscope.csv"),
-    ]
+    outer = zipped(tmp_path / "outer.zip", {"inner.zip": file.read_bytes()})
+    assert len(load_dataset(hhar(outer).data).report["files"]) == 2
+    for archive in (file, outer):
+        with_watches = load_dataset(hhar(archive, "app.config.use-watches=true").data)
+        assert [f["file"] for f in with_watches.report["files"]] == [
+            *("Phones_accelerometer.csv", "Watch_accelerometer.csv"),
+            *("Phones_gyroscope.csv", "Watch_gyroscope.csv"),
+        ]
     # other contents of the same size, at the same time
     other = {name: text.replace("9.8", "9.7") for name, text in both.items()}
     zipped(file, other)

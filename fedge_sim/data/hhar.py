@@ -74,6 +74,7 @@ def recipe(config: AppConfig) -> Recipe:
             "length": length,
             "stride": stride,
             "reader": READER,
+            "watches": config.use_watches,
             "members": source.members,
         },
         files=source.files,
