@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,24 @@ class Flower:
         # What is streamed may end before the log does.
         return newest["status"], self("log", str(newest["run-id"]), "--show")
 
+    def start(self) -> None:
+        """Start the SuperLink: Flower gives it 15 s, which a busy machine may not have."""
+        for _ in range(10):
+            with suppress(subprocess.CalledProcessError):
+                self("list")
+                return
+        raise AssertionError("no SuperLink starts")
+
+    def superlink(self) -> psutil.Process:
+        """Return the process that listens on this Flower's port."""
+        port = int(self.environment["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"])
+        [process] = {
+            c.pid
+            for c in psutil.net_connections("tcp")
+            if c.laddr.port == port and c.status == psutil.CONN_LISTEN
+        }
+        return psutil.Process(process)
+
     def stop(self) -> None:
         """End every process that has this home, and their children."""
         own = []
@@ -97,6 +117,25 @@ def flower(tmp_path_factory):
         if (p.info["environ"] or {}).get("FLWR_HOME") == str(flower.home)
         and p.status() != psutil.STATUS_ZOMBIE
     ]
+
+
+def test_the_command_of_the_readme_ends_this_superlink_and_no_other(flower, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    assert not re.search(r"pkill|killall", text)
+    [command] = re.findall(r"^ *(kill .*)$", text, flags=re.MULTILINE)
+    if not shutil.which("lsof"):
+        pytest.skip("lsof is not installed here")
+    own = Flower(tmp_path / "home")
+    try:
+        for each in (flower, own):
+            each.start()
+        theirs, ours = (each.superlink() for each in (flower, own))
+        subprocess.run(["bash", "-c", command], env=own.environment, check=True, timeout=60)
+        ours.wait(60)
+        assert theirs.is_running()
+        assert flower.superlink() == theirs
+    finally:
+        own.stop()
 
 
 def git_status() -> str:
