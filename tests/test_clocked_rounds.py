@@ -11,6 +11,7 @@ from rich.console import Console
 
 from fedge_sim import client_app, records
 from fedge_sim.errors import ConfigError
+from fedge_sim.methods import METHODS
 from fedge_sim.orchestrator import Orchestrator
 from fedge_sim.reporting.progress import ConsoleReporter
 from fedge_sim.runtime.in_process import InProcessGrid
@@ -176,6 +177,18 @@ def test_over_selection_keeps_those_that_come_first(small):
             assert fates == ["too late", "too late", "update"]
     with pytest.raises(ConfigError, match="over_selection"):
         small(*CLOCK, "devices.over_selection=0.5")
+
+
+def test_nobody_waits_for_leaf_servers_that_are_not_drawn(small):
+    alone = [*METHODS["cfl"].assignments((3, 3, 3)), "hierarchy.participation=0.5"]
+    random = 'devices.device_speed={distribution="exponential", mean=2.0}'
+    told = rounds(small(*CLOCK, random, *alone, "hierarchy.global_rounds=3"))
+    times = np.diff([0.0, *(r.simulated_seconds for r in told)])
+    for record, seconds in zip(told, times, strict=True):
+        waited = [c.simulated_seconds for c in record.clients if c.fate]
+        assert len(waited) == 5
+        assert seconds == pytest.approx(max(waited))
+        assert all(c.simulated_seconds == c.bytes_up == 0 for c in record.clients if not c.fate)
 
 
 def test_simulated_seconds_stand_beside_every_round(small, tmp_path):

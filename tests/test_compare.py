@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -99,6 +100,7 @@ def test_the_command_runs_all_and_leaves_tables_and_figures(done):
             finals.append(clients["own_accuracy"].mean())
         assert row["final_accuracy_mean"] == pytest.approx(np.mean(finals))
         assert row["final_accuracy_std"] == pytest.approx(np.std(finals, ddof=1))
+        assert math.isnan(float(row["gate_mean"])) == (label == "fedavg")  # which has no gate
     tests = pl.read_csv(folder / "tests.csv")
     assert tests["pairs"].to_list() == [18]
     for name in ("table.md", "table.tex", "tests.md"):
