@@ -15,7 +15,7 @@ BETA_FACTORS = {
     "linear": "beta is min(1, f s), so 0.01 makes it 1 from staleness 100 on",
     "exponential": "beta is 1 - exp(-f s), so 0.01 makes it 0.63 at staleness 100",
     "stepwise": "beta goes up by 0.25 four times, up to f times the mean staleness",
-    "sqrt": "beta is min(1, f / (1 + sqrt(s)))",
+    "sqrt": "beta is min(1, f / (1 + sqrt(s))), and 0 at staleness 0",
 }
 
 Case: TypeAlias = tuple[bool, str, str, str]  # whether it is wrong, table, key, the problem

@@ -181,6 +181,8 @@ class FedRevive(Table):
     one_hot: NonNegative = 1.0
     batch_norm: NonNegative = 0.003
     adversarial: NonNegative = 0.1
+    adversarial_start: Count = 100
+    class_weight: NonNegative = 0.2
     max_samples: Count = 4096
     kd_steps: Count = 10
     kd_batch_size: Annotated[int, Field(ge=2, le=2**31 - 1)] = 32

@@ -20,6 +20,7 @@ from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.aggregation import weighted_mean
 from fedge_sim.config import Hierarchy
 from fedge_sim.errors import ConfigError, RoundError, suggest
+from fedge_sim.models.tracker import forget_tracked
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +113,7 @@ class LeafRule:
         rest = [{n: updates[c][n] for n in start if n not in seen} for c in clients]
         model = dict(weighted_mean(rest, [weights[client] for client in clients]))
         model |= _step(self._strategy, server_round, seen, updates, weights, losses)
-        return {name: model[name] for name in start}
+        return forget_tracked({name: model[name] for name in start})
 
     def state(self) -> dict[str, Any]:
         """Return what the strategy remembers between rounds, for a checkpoint.

@@ -143,7 +143,7 @@ READ_WHERE = (
     Read(
         "fedrevive",
         "noise_size generator_width generator_steps synthesis_batch_size generator_lr noise_lr "
-        "one_hot batch_norm adversarial max_samples",
+        "class_weight one_hot batch_norm adversarial adversarial_start max_samples",
         *("fedrevive.variant", ("generator",)),
     ),
     Read("runtime", "num_cpus_per_actor ray_address", "runtime.backend", ("auto", "ray")),

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedge_sim import cloud
+from fedge_sim.algorithms.aggregation import weighted_mean
 from fedge_sim.algorithms.asynchronous import (
     Update,
     average,
@@ -21,7 +23,9 @@ from fedge_sim.algorithms.asynchronous import (
     step,
 )
 from fedge_sim.algorithms.server_rules import server_rule
-from fedge_sim.config import load_settings
+from fedge_sim.config import CloudCluster, Hierarchy, load_settings
+from fedge_sim.leaf_strategy import LeafRule
+from fedge_sim.models.tracker import MEAN, VARIANCE
 from tests.conftest import ROOT
 
 TRAINABLE = {"w"}
@@ -80,9 +84,10 @@ def test_staleness_weights_by_hand(staleness, function, expected):
         (75, "cosine", 75, 0.5),
         (150, "cosine", 75, 1.0),
         (1000, "cosine", 75, 1.0),  # the wave does not come back
-        (0, "sqrt", 0.5, 0.5),
+        (0, "sqrt", 0.5, 0.0),
+        (1, "sqrt", 0.5, 0.25),
         (9, "sqrt", 2.0, 0.5),
-        (0, "sqrt", 2.0, 1.0),
+        (1, "sqrt", 3.0, 1.0),
         (0, "stepwise", 2, 0.0),  # quarters of 20
         (4, "stepwise", 2, 0.0),
         (5, "stepwise", 2, 0.25),
@@ -104,7 +109,10 @@ def test_beta_is_a_share_and_goes_one_way(form, staleness, later, factor, thresh
     now = beta(staleness, form, factor, threshold)
     then = beta(staleness + later, form, factor, threshold)
     assert 0 <= now <= 1
-    assert then <= now if form == "sqrt" else then >= now
+    if form == "sqrt" and staleness == 0:
+        assert now == 0
+    else:
+        assert then <= now if form == "sqrt" else then >= now
 
 
 @given(st.sampled_from(["constant", "polynomial", "hinge"]), st.integers(0, 10_000))
@@ -169,6 +177,33 @@ def test_fedavg_by_hand():
     # the mean is (10.5, 13), half way from (0, 1)
     np.testing.assert_array_equal(new["w"], np.float32([5.25, 7.0]))
     assert new["running_mean"] == 4.5
+
+
+def test_trackers_are_as_new_in_every_average():
+    """What one client saw is not what the average of several would have seen (FedRevive)."""
+    names = ("w", f"norm.{MEAN}", f"norm.{VARIANCE}")
+    start, y1, y2 = ({n: np.float32([v, 2 * v]) for n in names} for v in (3.0, 4.0, 5.0))
+    both, w = [update(y1, start, examples=1), update(y2, start, examples=3)], {"w"}
+    rule = LeafRule(Hierarchy(leaf_strategy="FedMedian"), w)
+    averages = [
+        weighted_mean([y1, y2], [1, 3]),
+        rule.aggregate(1, start, {0: y1, 1: y2}, {0: 1, 1: 3}, {0: 0.0, 1: 0.0}),
+        average(start, both, halved, 1.0, w),
+        fedasync(start, both, halved, 0.5),
+        fedavg(start, both, 0.5, w),
+        fedavg({**start, "w": start["w"] + 1}, both, 0.5, w),
+        cloud.step(
+            *(cloud.initial_state(start, 2), [y1, y2], [1, 3], CloudCluster(enable=False)),
+            global_lr=0.5,
+            trainable=w,
+        ).global_model,
+    ]
+    for model_ in averages:
+        assert list(model_) == list(names)
+        for name, fresh in zip(names[1:], (0, 1), strict=True):
+            np.testing.assert_array_equal(model_[name], np.float32([fresh, fresh]))
+            assert model_[name].dtype == np.float32
+        assert not np.array_equal(model_["w"], start["w"])
 
 
 def test_changes_are_added_in_float64_in_order_of_arrival():

@@ -40,6 +40,7 @@ REVIVE = [
     *("fedrevive.freeze_versions=1", "fedrevive.warmup_versions=2", "fedrevive.generator_steps=2"),
     *("fedrevive.generator_width=4", "fedrevive.synthesis_batch_size=8", "fedrevive.kd_steps=2"),
     *("fedrevive.kd_batch_size=8", "fedrevive.noise_size=8", "asynchronous.beta_factor=2.0"),
+    "fedrevive.batch_norm=0.0",
 ]
 RULES = {
     "fedavg": ["asynchronous.rule=fedavg", "devices.num_updates_for_model=0"],

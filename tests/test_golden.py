@@ -20,16 +20,24 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fedge_sim import cloud
-from fedge_sim.algorithms.asynchronous import Update, staleness_weight
+from fedge_sim.algorithms import fedrevive
+from fedge_sim.algorithms.asynchronous import ServerRule, Update, beta, beta_of, staleness_weight
 from fedge_sim.algorithms.cfl import bipartition
 from fedge_sim.algorithms.clustering import cosines, weight_clustering
+from fedge_sim.algorithms.distillation import Lesson, Teacher, distil, taught, teacher_weights
+from fedge_sim.algorithms.generator import Generator
 from fedge_sim.algorithms.server_rules import server_rule
+from fedge_sim.algorithms.synthesis import Synthesiser, backward_synthesis, statistics_gaps
 from fedge_sim.client import train_settings
-from fedge_sim.config import CloudCluster, load_settings
+from fedge_sim.config import CloudCluster, Settings, load_settings
+from fedge_sim.config_devices import FedRevive
 from fedge_sim.data.base import ClientData, Standardisation
+from fedge_sim.models import build_model
 from fedge_sim.models.cnn1d import CNN1D
+from fedge_sim.models.tracker import MEAN, VARIANCE, Tracker
 from fedge_sim.reporting.base import ClientRound
 from fedge_sim.training.base import ClientTask, load_arrays, model_arrays
 from fedge_sim.training.evaluation import evaluate_together
@@ -513,3 +521,369 @@ def test_cfl_over_rounds(file, case):
         assert len(state.cluster_models) == found["clusters"][at]
         ours = [state.model_for(k)["w"] for k in range(number)]
         np.testing.assert_allclose(ours, found["models"][at], **EXACT)
+
+
+# ---------------------------------------------------------------------- FedRevive
+
+NUMBERS = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+
+
+class Tracked(nn.Module):
+    """Convolutions with trackers of the authors' kind, and a head; as wide as its arrays are."""
+
+    def __init__(self, arrays: Arrays) -> None:
+        super().__init__()
+        self.convs = [name.removesuffix(".weight") for name in arrays if name.startswith("conv")]
+        for number, name in enumerate(self.convs, 1):
+            out, channels, size, _ = arrays[f"{name}.weight"].shape
+            conv = nn.Conv2d(channels, out, size, padding=size // 2, bias=False)
+            self.add_module(name, conv)
+            self.add_module(f"stat_track{number}", Tracker(out))
+        self.head = nn.Linear(*arrays["head.weight"].shape[::-1])
+
+    def forward(self, x):
+        for number, name in enumerate(self.convs, 1):
+            tracker = getattr(self, f"stat_track{number}")
+            x = torch.relu(tracker(getattr(self, name)(x)))
+            x = functional.max_pool2d(x, 2) if number <= 2 else x
+        return self.head(x.mean(dim=(2, 3)))
+
+
+def ours(arrays: Arrays) -> dict[str, NDArray[Any]]:
+    """Return a network's arrays by the names that they have here."""
+    return {
+        name.replace("running_mean", MEAN).replace("running_var", VARIANCE)
+        if "stat_track" in name
+        else name: array
+        for name, array in arrays.items()
+    }
+
+
+def revived(kind: str, name: str, dtype: torch.dtype) -> nn.Module:
+    """Return one of the networks of FedRevive's files."""
+    arrays = golden("fedrevive_networks", f"{kind}/{name}")
+    channels = arrays["conv1.weight"].shape[1]
+    network = (
+        Tracked(arrays)
+        if any("stat_track" in name for name in arrays)
+        else build_model("cnn2d-small", (channels, 16, 16), len(arrays["head.bias"]))
+    )
+    load_arrays(network, ours(arrays))
+    return network.to(dtype)
+
+
+def teachers_of(kind: str, dtype: torch.dtype) -> list[Teacher]:
+    mixes = golden("fedrevive_networks")[f"{kind}/mixes"]
+    return [Teacher(revived(kind, f"teacher{k}", dtype), mix) for k, mix in enumerate(mixes)]
+
+
+def near(values: Any, expected: NDArray[Any], tolerance: float) -> None:
+    """Check tensors by a tolerance relative to the largest value."""
+    values = values.detach().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    scale = max(abs(expected).max(), 1e-300)
+    np.testing.assert_allclose(values, expected, rtol=0, atol=tolerance * scale)
+
+
+def test_weights_of_teachers():
+    file = golden("fedrevive_losses", "unknown_class")
+    teachers = [Teacher(nn.Identity(), mix) for mix in file["mixes"]]
+    np.testing.assert_allclose(teacher_weights(teachers).numpy(), file["weights"], **EXACT)
+    assert (file["mixes"].sum(axis=0) == 0).any()
+
+
+@NUMBERS
+@pytest.mark.parametrize(("file", "case"), cases("loss_oh", "fedrevive_losses"))
+def test_losses_of_synthesis(file, case, dtype):
+    found, kind = golden(file, case), case.split("/")[0]
+    teachers, tolerance = teachers_of(kind, dtype), 1e-9 if dtype == torch.float64 else 1e-4
+    student = revived(kind, "student", dtype).eval().requires_grad_(False)
+    labels, x = torch.from_numpy(found["labels"]), torch.from_numpy(found["x"]).to(dtype)
+    weights = teacher_weights(teachers)
+    np.testing.assert_allclose(weights, found["weights"], **EXACT)
+    np.testing.assert_allclose(weights[:, labels].T, found["sample_weights"], **EXACT)
+    for k, teacher in enumerate(teachers):
+        with statistics_gaps(teacher.network) as gaps:
+            near(teacher.network(x), found["teacher_logits"][k], tolerance)
+        near(torch.stack(gaps), found["layer_gaps"][k], tolerance)
+    near(student(x), found["student_logits"], tolerance)
+
+    for name, part, weight in (
+        ("oh", "one_hot", FedRevive(batch_norm=0, adversarial=0)),
+        ("bn", "batch_norm", FedRevive(one_hot=0, batch_norm=1, adversarial=0)),
+        ("adv", "adversarial", FedRevive(one_hot=0, batch_norm=0, adversarial=1)),
+    ):
+        leaf = x.clone().requires_grad_()
+        losses = backward_synthesis(leaf, labels, teachers, student, weight)
+        near(getattr(losses, part), found[f"loss_{name}"], tolerance)
+        near(losses.total(weight), found[f"loss_{name}"], tolerance)
+        near(leaf.grad, found[f"grad_{name}"], tolerance)
+    published = FedRevive()
+    for name, opponent in (("loss_total", student), ("loss_total_without_adv", None)):
+        leaf = x.clone().requires_grad_()
+        losses = backward_synthesis(leaf, labels, teachers, opponent, published)
+        near(losses.total(published), found[name], tolerance)
+        parts = (("oh", 1.0), ("bn", 0.003), ("adv", 0.1 if opponent else 0.0))
+        near(leaf.grad, sum(w * found[f"grad_{part}"] for part, w in parts), tolerance)
+
+
+class Normalise(nn.Module):
+    """What the authors' images go through before a network sees them."""
+
+    def __init__(self, mean: NDArray[Any], std: NDArray[Any]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.from_numpy(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.from_numpy(std).view(-1, 1, 1))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+@torch.no_grad()
+def copy_parameters(network: nn.Module, arrays: Arrays) -> None:
+    """Copy arrays, buffers among them, to parameters in the same order."""
+    parameters = [a for n, a in arrays.items() if "running" not in n and "num_batches" not in n]
+    for parameter, array in zip(network.parameters(), parameters, strict=True):
+        assert parameter.shape == array.shape
+        parameter.copy_(torch.from_numpy(array))
+
+
+def synthesiser(dtype: torch.dtype) -> Synthesiser:
+    """Return the generator of the file, as it starts, and its settings."""
+    s = golden("fedrevive_generator", "settings")
+    first = golden("fedrevive_generator", "call1")
+    own = FedRevive(
+        noise_size=int(s["nz"]),
+        generator_width=int(s["ngf"]),
+        generator_steps=int(s["g_steps"]),
+        generator_lr=float(s["lr_g"]),
+        noise_lr=float(s["lr_z"]),
+        class_weight=float(s["class_embedding_weight"]),
+        batch_norm=float(s["bn"]),
+        one_hot=float(s["oh"]),
+        adversarial=float(s["adv"]),
+        adversarial_start=int(s["ep_start"]),
+        max_samples=len(first["labels"]),
+    )
+    generator = Generator(first["first_inputs"].shape[1:], own.noise_size, own.generator_width)
+    copy_parameters(generator, golden("fedrevive_generator", "start"))
+    # Theirs ends otherwise: images here are as theirs are once they are normalised.
+    generator.layers[-1] = nn.Sigmoid()
+    generator.standardise = Normalise(s["aug_mean"], s["aug_std"])
+    return Synthesiser(generator.to(dtype), own)
+
+
+def calls_of_the_file() -> list[str]:
+    names = {name.split("/")[0] for name in golden("fedrevive_generator")}
+    return sorted((n for n in names if n.startswith("call")), key=lambda n: int(n[4:]))
+
+
+def test_calls_of_the_synthesiser():
+    source = synthesiser(torch.float64)
+    own, generator = source._settings, source.generator
+    teachers = teachers_of("track", torch.float64)
+    student = revived("track", "student", torch.float64).eval().requires_grad_(False)
+    assert calls_of_the_file()
+    for number, name in enumerate(calls_of_the_file(), 1):
+        found = golden("fedrevive_generator", name)
+        labels = found["labels"]
+        z, classes = (torch.tensor(found[key]) for key in ("z", "class_embeddings"))
+        with torch.no_grad():
+            x = generator(z + own.class_weight * classes[torch.from_numpy(labels)])
+        near(x, generator.standardise(torch.tensor(found["first_inputs"])).numpy(), 1e-9)
+        made = source.synthesise(labels, z, classes, teachers, student)
+        assert source.calls == number
+        for part, key in (("one_hot", "oh"), ("batch_norm", "bn"), ("adversarial", "adv")):
+            values = torch.stack([getattr(losses, part) for losses in made.losses])
+            near(values, found[f"losses_{key}"], 1e-9)
+        totals = torch.stack([losses.total(own) for losses in made.losses])
+        near(totals, found["losses_total"], 1e-9)
+        assert int(totals.argmin()) == found["best_step"]
+        near(source.x, generator.standardise(torch.tensor(found["best_inputs"])).numpy(), 1e-9)
+        assert source.labels.tolist() == labels.tolist()
+        near(z, found["z_after"], 1e-9)
+        near(classes, found["class_embeddings_after"], 1e-9)
+        for network, key in ((made.copy, "fast"), (generator, "generator")):
+            right = golden("fedrevive_generator", f"{name}/{key}").values()
+            for parameter, array in zip(network.parameters(), right, strict=True):
+                np.testing.assert_allclose(parameter.detach(), array, **EXACT)
+
+
+@NUMBERS
+def test_the_generator_follows_its_copies(dtype):
+    """Reptile alone; in float32 where a difference is more than rounding: a step has its sign."""
+    source = synthesiser(dtype)
+    generator, clone = source.generator, copy.deepcopy(source.generator)
+    clear = [torch.ones_like(p, dtype=torch.bool) for p in generator.parameters()]
+    before = golden("fedrevive_generator", "start")
+    exact = dtype == torch.float64
+    for name in calls_of_the_file():
+        copy_parameters(generator, before)
+        copy_parameters(clone, golden("fedrevive_generator", f"{name}/fast"))
+        pairs = zip(generator.parameters(), clone.parameters(), clear, strict=True)
+        clear = [known & ((a - b).abs() > (-1 if exact else 1e-5)) for a, b, known in pairs]
+        source._move_towards(clone)
+        before = golden("fedrevive_generator", f"{name}/generator")
+        for now, right, known in zip(generator.parameters(), before.values(), clear, strict=True):
+            assert known.float().mean() > 0.5
+            off = (now.detach().double() - torch.from_numpy(right)).abs() * known
+            assert off.max() < (1e-9 if exact else 1e-5)
+
+
+@NUMBERS
+@pytest.mark.parametrize(("file", "case"), cases("losses", "fedrevive_kd"))
+def test_the_student_of_a_distillation(file, case, dtype):
+    kind, temperature = case.split("/T")
+    found, teachers = golden(file, case), teachers_of(kind, dtype)
+    x = torch.from_numpy(golden(file)[f"{kind}/x"]).to(dtype)
+    logits = torch.from_numpy(golden(file)[f"{kind}/teacher_logits"])
+    own = FedRevive(temperature=float(temperature))
+    exact, loose = dtype == torch.float64, 1e-6 if "track" in kind else 1e-5
+    lesson = taught(list(x), teachers, own.temperature)
+    targets = torch.softmax(logits / own.temperature, -1).transpose(0, 1)
+    near(lesson.targets, targets.numpy(), 1e-9 if exact else 1e-5)
+    after = {int(name.split("/")[0].removeprefix("after")) for name in found if "after" in name}
+    for steps in sorted(after):
+        student = revived(kind, "student", dtype)
+        start = model_arrays(student.double())
+        losses = distil(student.to(dtype), Lesson(lesson.x[:steps], lesson.targets[:steps]), own)
+        near(losses, found["losses"][:steps], 1e-9 if exact else 1e-5)
+        end = model_arrays(student)
+        expected = ours(golden(file, f"{case}/after{steps}"))
+        assert expected
+        for name, right in expected.items():
+            near_to = 1e-9 if exact else loose * max(1, abs(start[name]).max())
+            np.testing.assert_allclose(
+                end[name] - start[name], right, rtol=0, atol=near_to, err_msg=name
+            )
+
+
+def test_how_little_is_left_of_an_update():
+    file = golden("fedrevive_beta")
+    staleness = file["staleness"].tolist()
+    forms = [name.removesuffix("/factors") for name in file if name.endswith("/factors")]
+    assert len(forms) >= 4
+    for form in forms:
+        for factor, right in zip(file[f"{form}/factors"], file[f"{form}/beta"], strict=True):
+            made = [beta(s, form, float(factor), 1.0) for s in staleness]
+            np.testing.assert_allclose(made, right, **EXACT, err_msg=form)
+    steps = golden("fedrevive_beta", "stepwise")
+    for factor, active, size, right in zip(
+        *(steps[key] for key in ("factor", "active_jobs", "buffer_size", "beta")), strict=True
+    ):
+        s = of_versions("fedrevive", int(active), int(size), "stepwise", float(factor))
+        np.testing.assert_allclose([beta_of(s, k) for k in staleness], right, **EXACT)
+
+
+class Vector(nn.Module):
+    """A model that is some numbers, in float64."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.w.expand(len(x), -1)
+
+
+class Imposed:
+    """FedRevive's source of lessons and its distillation, imposed; it counts what is done.
+
+    ``kd`` is what a student would learn, by the bytes of the newest teacher.
+    """
+
+    def __init__(self, monkeypatch, size: int) -> None:
+        self.kd: dict[bytes, NDArray[Any]] = {}
+        self.done = [0, 0]  # syntheses and distillations
+        monkeypatch.setattr(fedrevive, "build_model", lambda *_: Vector(size))
+        monkeypatch.setattr(fedrevive, "distil", self.distil)
+
+    def rule(self, settings: Settings) -> ServerRule:
+        rule = server_rule(settings, {"w"}, 0, (3, 8, 8), 2)
+        if settings.asynchronous.rule == "fedrevive":
+            rule.source = self
+        return rule
+
+    def prepare(self, teachers, student, random):
+        self.done[0] += 1
+
+    def lesson(self, teachers, random):
+        return self.kd[teachers[-1].network.w.numpy().tobytes()]
+
+    def distil(self, student, lesson, settings):
+        self.done[1] += 1
+        with torch.no_grad():
+            student.w.add_(torch.from_numpy(lesson))
+        return [0.0]
+
+
+def of_versions(rule: str, active: int, size: int, form: str, factor: float, *more: str):
+    """Return the settings of a server that makes versions."""
+    return load_settings(
+        assignments=[
+            *("devices.enable=true", "devices.device_speed.mean=1.0", f"asynchronous.rule={rule}"),
+            *(f"devices.device_selection_size={active}", f"devices.num_updates_for_model={size}"),
+            *(f"asynchronous.beta={form}", f"asynchronous.beta_factor={factor}"),
+            *("hierarchy.clients_per_server=[1000]", "hierarchy.num_servers=1"),
+            *("fedrevive.batch_norm=0.0", *more),
+        ]
+    )
+
+
+def test_what_becomes_of_an_update_by_version_and_staleness(monkeypatch):
+    file = golden("fedrevive_beta", "decision")
+    settings = of_versions("fedrevive", 4, 1, "cosine", 75.0)  # freeze and warm-up as they are
+    imposed, zero = Imposed(monkeypatch, 2), {"w": np.zeros(2)}
+    rule = imposed.rule(settings)
+    plain = imposed.rule(of_versions("downweight", 4, 1, "cosine", 75.0))
+    trained = {"w": np.array([1.0, 0.0])}
+    imposed.kd[trained["w"].tobytes()] = np.array([0.0, 1.0])
+    for i, completed in enumerate(file["rounds_completed"].tolist()):
+        for j, staleness in enumerate(file["staleness"].tolist()):
+            update = Update(0, 0, completed - staleness, staleness, 1, (1, 1), trained, zero)
+            np.testing.assert_allclose(beta_of(settings, staleness), file["beta"][j], **EXACT)
+            imposed.done = [0, 0]
+            weights = rule.make_version(zero, [update], completed + 1)["w"]
+            synthesises, distils, of_update, of_kd = file["table"][i, j]
+            right = [synthesises, distils, of_update, of_kd * distils]  # what is not distilled is 0
+            np.testing.assert_allclose([*imposed.done, *weights], right, **EXACT)
+            weights = plain.make_version(zero, [update], completed + 1)["w"]
+            np.testing.assert_allclose(weights, [file["downweight_only"][j], 0], **EXACT)
+
+
+@pytest.mark.parametrize(("file", "case"), cases("models", "fedrevive_server"))
+def test_versions_of_a_server(file, case, monkeypatch):
+    found, own = golden(file, case), golden(file, "settings")
+    name, lr = case.split("_")[0], float(found["server_lr"])
+    size, client = int(own["buffer_size"]), found["client"].tolist()
+    settings = of_versions(
+        *({"dfkd": "fedrevive"}.get(name, name), 100, size, "cosine", float(own["cosine_factor"])),
+        f"fedrevive.teacher_buffer_size={int(own['kd_buffer_size'])}",
+        f"fedrevive.freeze_versions={int(own['freeze_rounds'])}",
+        f"fedrevive.warmup_versions={int(own['warmup_rounds'])}",
+        f"hierarchy.server_lr={lr}",
+    )
+    imposed = Imposed(monkeypatch, found["models"].shape[1])
+    rule, one_by_one = imposed.rule(settings), imposed.rule(settings)
+    models, waiting, by_model = [{"w": found["models"][0]}], [], {}
+    for i, delta in enumerate(found["update"]):
+        start, now = int(found["start_version"][i]), len(models) - 1
+        assert (now, now - start) == (found["rounds_completed"][i], found["staleness"][i])
+        np.testing.assert_allclose(beta_of(settings, now - start), found["beta"][i], **EXACT)
+        trained = {"w": models[start]["w"] + delta}
+        by_model[trained["w"].tobytes()] = client[i]
+        imposed.kd[trained["w"].tobytes()] = found["kd"][i]
+        update = Update(client[i], i, start, now - start, 1, (1, 1), trained, models[start])
+        waiting.append(update)
+
+        imposed.done = [0, 0]
+        alone = one_by_one.make_version(models[-1], [update], now + 1)["w"]
+        np.testing.assert_allclose((alone - models[-1]["w"]) / lr, found["processed"][i], **EXACT)
+        assert imposed.done == [found["synthesises"][i], found["distils"][i]]
+        teachers = [t.network.w.numpy() for t in getattr(one_by_one, "teachers", ())]
+        known = [by_model[w.tobytes()] for w in reversed(teachers)]
+        assert known == [k for k in found["teachers"][i].tolist() if k >= 0]
+
+        if len(waiting) == size:
+            models.append(rule.make_version(models[-1], waiting, now + 1))
+            waiting = []
+    np.testing.assert_allclose([model["w"] for model in models], found["models"], **EXACT)

@@ -6,11 +6,14 @@ import re
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors.numpy import load_file
 
 from fedge_sim.config import load_settings
 from fedge_sim.errors import ConfigError
+from fedge_sim.models.tracker import MEAN, VARIANCE
 from fedge_sim.orchestrator import run
 from fedge_sim.reporting import version_callbacks
+from fedge_sim.runtime.device_pool import Draws
 from tests.conftest import CIFAR_NPZ, ROOT
 
 JOBS = {file.stem: file for file in sorted((ROOT / "scripts" / "jobs").glob("*.toml"))}
@@ -50,6 +53,26 @@ def test_jobs_are_those_of_the_older_programs(name, rule, devices, selected, upd
     assert (settings.asynchronous.beta, settings.asynchronous.beta_factor) == ("cosine", 75.0)
 
 
+def test_the_research_job_has_the_published_network_sizes_and_delays():
+    settings = load_settings(JOBS["cifar10_fedrevive_research"])
+    own = settings.fedrevive
+    assert settings.data.model == "resnet18-tracked"
+    assert (own.generator_width, own.max_samples, own.noise_size) == (128, 16_000, 256)
+    assert (own.class_weight, own.adversarial_start, own.batch_norm) == (0.2, 100, 0.003)
+    found = 0
+    for file in JOBS.values():
+        delay = load_settings(file).devices.upload_delay
+        if delay.distribution == "uniform":  # of which the half-width is published
+            found += 1
+            draws, random = Draws(delay), np.random.default_rng(0)
+            drawn = [
+                [draws.draw(k, random) - mean for _ in range(9999)]
+                for k, mean in enumerate(delay.mean)
+            ]
+            assert np.abs(drawn).max(axis=1) == pytest.approx(0.02, abs=1e-5)
+    assert found == 6
+
+
 @pytest.mark.parametrize("name", JOBS)
 def test_a_job_runs(name, shared, saved, tmp_path):
     """With fewer and shorter trainings, down to the last file."""
@@ -63,13 +86,20 @@ def test_a_job_runs(name, shared, saved, tmp_path):
         *("fedrevive.generator_width=4", "fedrevive.synthesis_batch_size=4"),
         "fedrevive.kd_steps=1",
     ]
+    if load_settings(JOBS[name]).data.model == "resnet18-tracked":
+        shorter += ["app.config.image-size=8"]
     if load_settings(JOBS[name]).devices.num_updates_for_model > 3:
         shorter += ["devices.num_updates_for_model=2"]
     folder = run(
         load_settings(JOBS[name], assignments=shorter), version_callbacks(Console(quiet=True))
     ).folder
     assert json.loads((folder / "devices.json").read_text())["versions"] == 3
-    assert (folder / "models" / "global.safetensors").exists()
+    model = load_file(folder / "models" / "global.safetensors")
+    for key, array in model.items():
+        if key.endswith((MEAN, VARIANCE)):
+            np.testing.assert_array_equal(array, float(key.endswith(VARIANCE)))
+    tracked = sum(key.endswith((MEAN, VARIANCE)) for key in model)
+    assert tracked == 40 * (load_settings(JOBS[name]).data.model == "resnet18-tracked")
 
 
 def test_another_beta_in_a_job_asks_for_its_factor():

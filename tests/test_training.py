@@ -24,6 +24,7 @@ from fedge_sim.data.base import (
 from fedge_sim.errors import ConfigError
 from fedge_sim.models import MODELS, build_model, initialise
 from fedge_sim.models.cnn1d import TimeConv
+from fedge_sim.models.tracker import Tracker
 from fedge_sim.randomness import stream, torch_generator
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.training import local
@@ -71,7 +72,11 @@ def test_parameters_of_cnn1d():
 
 @pytest.mark.parametrize(
     ("name", "shape", "parameters"),
-    [("cnn2d", (3, 32, 32), 2_156_490), ("resnet18", (3, 32, 32), 11_173_962)],
+    [
+        ("cnn2d", (3, 32, 32), 2_156_490),
+        ("resnet18", (3, 32, 32), 11_173_962),
+        ("resnet18-tracked", (3, 32, 32), 11_164_362),
+    ],
 )
 def test_networks_for_images(name, shape, parameters):
     model = build_model(name, shape, 10)
@@ -83,7 +88,7 @@ def test_networks_for_images(name, shape, parameters):
         logits = build_model(name, (3, size, size), 10)(images)
         assert logits.shape == (3, 10)
         assert logits.isfinite().all()
-    if name == "resnet18":
+    if "resnet18" in name:
         assert model.blocks(torch.zeros(1, 64, 32, 32)).shape == (1, 512, 4, 4)
 
 
@@ -111,7 +116,7 @@ def test_the_small_network_for_images():
         (
             "cnn1d",
             (3, 32, 32),
-            r"takes windows .*\(3, 32, 32\); allowed: cnn2d, cnn2d-small, mlp, resnet18",
+            r"takes windows .*\(3, 32, 32\); allowed: cnn2d, cnn2d-small, mlp, resnet18, resnet18-tracked",
         ),
         ("resnet18", (6, 100), r"takes images .*allowed: cnn1d, mlp"),
         ("cnn2d", (64,), r"takes images .*allowed: mlp"),
@@ -121,6 +126,31 @@ def test_the_small_network_for_images():
 def test_a_network_for_other_examples_is_refused(name, shape, problem):
     with pytest.raises(ConfigError, match=problem):
         build_model(name, shape, 6)
+
+
+def test_trackers_watch_each_convolution_and_change_nothing():
+    model = build_model("resnet18-tracked", (3, 8, 8), 10)
+    initialise(model, torch_generator(0, "test"))
+    seen = {}  # by the name of a convolution: what came out of it
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_hook(lambda _, __, out, name=name: seen.update({name: out}))
+    x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits = model.train()(x)
+    behind = {"stem": "norm", "conv1": "norm1", "conv2": "norm2", "0": "1"}
+    trackers = {n: t for n, t in model.named_modules() if isinstance(t, Tracker)}
+    assert len(seen) == len(trackers) == 20
+    for name, out in seen.items():
+        *places, last = name.split(".")
+        tracker = trackers[".".join([*places, behind[last]])]
+        var, mean = torch.var_mean(out, (0, 2, 3), correction=0)
+        torch.testing.assert_close(tracker.tracked_mean, 0.1 * mean)
+        torch.testing.assert_close(tracker.tracked_variance, 0.9 + 0.1 * var)
+        tracker.tracked_mean = tracker.tracked_mean + 5
+    before = model_arrays(model)
+    torch.testing.assert_close(model.eval()(x), logits)  # whatever they hold
+    for name, array in model_arrays(model).items():
+        np.testing.assert_array_equal(array, before[name])
 
 
 def test_time_convolution_is_conv1d():

@@ -5,6 +5,7 @@ from collections.abc import Sequence, Set
 import numpy as np
 
 from fedge_sim.algorithms import Arrays
+from fedge_sim.models.tracker import forget_tracked
 
 
 def weighted_mean(models: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
@@ -22,7 +23,7 @@ def weighted_mean(models: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
     -------
     Arrays
         Integer arrays (BatchNorm's step counter) are those of the model with the largest
-        weight, the first of them if several have it.
+        weight, the first of them if several have it; trackers are as new.
     """
     if len(models) != len(weights) or not models:
         raise ValueError(f"{len(models)} models and {len(weights)} weights: need as many, not 0")
@@ -38,7 +39,7 @@ def weighted_mean(models: Sequence[Arrays], weights: Sequence[float]) -> Arrays:
             mean[name] = np.asarray(sum(terms) / total, dtype=array.dtype)
         else:
             mean[name] = array.copy()
-    return mean
+    return forget_tracked(mean)
 
 
 def step_towards(start: Arrays, mean: Arrays, lr: float, trainable: Set[str]) -> Arrays:

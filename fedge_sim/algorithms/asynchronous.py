@@ -14,6 +14,7 @@ import numpy as np
 from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.aggregation import step_towards, weighted_mean
 from fedge_sim.config import Settings
+from fedge_sim.models.tracker import forget_tracked
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def beta(staleness: int, form: str, factor: float, threshold: float) -> float:
     form : {"constant", "linear", "exponential", "stepwise", "cosine", "sqrt"}
         Half a wave of a cosine reaches 1 at twice ``factor``; the stepwise one goes up by 0.25 at
         each quarter of ``threshold``. All rise with staleness but the constant and ``"sqrt"``,
-        factor / (1 + sqrt(staleness)), which falls.
+        factor / (1 + sqrt(staleness)), which falls, from staleness 1 on, and is 0 at 0.
     factor : float
         Above 0; of ``"constant"`` beta itself.
     threshold : float
@@ -139,7 +140,7 @@ def beta(staleness: int, form: str, factor: float, threshold: float) -> float:
     if form == "stepwise":
         return min(4, math.floor(4 * staleness / threshold)) / 4
     if form == "sqrt":
-        return min(1.0, factor / (1.0 + math.sqrt(staleness)))
+        return min(1.0, factor / (1.0 + math.sqrt(staleness))) if staleness else 0.0
     phase = min(1.0, staleness / (2.0 * factor))
     return 1.0 - 0.5 * (1.0 + math.cos(math.pi * phase))
 
@@ -191,7 +192,7 @@ def change(model: Arrays, update: Update, weight: float, trainable: Set[str]) ->
 def step(
     model: Arrays, changes: Iterable[Arrays], last: Arrays, lr: float, trainable: Set[str]
 ) -> Arrays:
-    """Return x + lr * the mean of changes (FedBuff, Nguyen et al. 2022, alg. 1).
+    """Return x + lr * the mean of changes (FedBuff, Nguyen et al. 2022, alg. 1); trackers as new.
 
     Parameters
     ----------
@@ -210,14 +211,17 @@ def step(
     for arrays in changes:
         number += 1
         totals = {name: totals[name] + a for name, a in arrays.items()} if totals else {**arrays}
-    return {
-        name: np.asarray(
-            array + (lr if name in trainable else min(lr, 1.0)) / number * totals[name], array.dtype
-        )
-        if name in totals
-        else last[name].copy()
-        for name, array in model.items()
-    }
+    return forget_tracked(
+        {
+            name: np.asarray(
+                array + (lr if name in trainable else min(lr, 1.0)) / number * totals[name],
+                array.dtype,
+            )
+            if name in totals
+            else last[name].copy()
+            for name, array in model.items()
+        }
+    )
 
 
 def average(
@@ -255,7 +259,7 @@ def fedasync(
             else update.arrays[name].copy()
             for name, x in model.items()
         }
-    return model
+    return forget_tracked(model)
 
 
 def fedavg(model: Arrays, updates: Sequence[Update], lr: float, trainable: Set[str]) -> Arrays:

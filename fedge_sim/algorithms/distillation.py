@@ -4,6 +4,7 @@ Askin et al. 2025 (arXiv 2511.00655). Teachers are recent client models; what is
 examples is how many are of each class. K is the number of teachers, C of classes, B of a batch.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from fedge_sim.config_devices import FedRevive
 
 CHUNK = 256  # examples that teachers look at together
 WEIGHT_DECAY = 1e-5  # of the student, as published
+LEAST = 1e-8  # what the shares of a class count as together, at the least
 
 
 @dataclass
@@ -44,9 +46,10 @@ class Lesson:
 
     Attributes
     ----------
-    x : Tensor (steps, batch, *shape)
-    targets : Tensor (steps, batch, C)
-        The teachers' softened probabilities.
+    x : Tensor (steps, K, batch, *shape)
+        Of each teacher its own.
+    targets : Tensor (steps, K, batch, C)
+        That teacher's softened probabilities.
     """
 
     x: Tensor
@@ -61,7 +64,6 @@ class Source(Protocol):
         teachers: Sequence[Teacher],
         student: nn.Module,
         random: np.random.Generator,
-        adversarial: bool,
     ) -> None:
         """Get ready for a lesson, and learn; ``student`` is the server's model, frozen."""
 
@@ -82,19 +84,17 @@ def class_mix(counts: Iterable[int]) -> NDArray[np.float64]:
 
 
 def teacher_weights(teachers: Sequence[Teacher]) -> Tensor:
-    """Return w_k(j) = q_k(j) / sum_t q_t(j) (K, C), float32: who knows class j, and how well.
+    """Return w_k(j) = q_k(j) / sum_t q_t(j) (K, C), float64: who knows class j, and how well.
 
-    The weights of a class that no teacher knows are equal.
+    The weights of a class that no teacher knows are 0.
     """
     mixes = np.stack([teacher.mix for teacher in teachers])
-    known = mixes.sum(axis=0)
-    weights = np.where(known > 0, mixes / np.where(known > 0, known, 1.0), 1.0 / len(teachers))
-    return torch.from_numpy(weights.astype(np.float32))
+    return torch.from_numpy(mixes / np.maximum(mixes.sum(axis=0), LEAST))
 
 
 @torch.no_grad()
 def taught(examples: Sequence[Tensor], teachers: Sequence[Teacher], temperature: float) -> Lesson:
-    """Let each teacher answer for its own examples (steps, batch, *shape), and join them.
+    """Let each teacher answer for its own examples (steps, batch, *shape).
 
     So the loss of a step is the mean over teachers of KL(teacher_k || student) on what teacher k
     knows (Askin et al. 2025), and not the divergence from the mean of what all teachers say.
@@ -103,7 +103,7 @@ def taught(examples: Sequence[Tensor], teachers: Sequence[Teacher], temperature:
     for x, teacher in zip(examples, teachers, strict=True):
         logits = torch.cat([teacher.network(part) for part in x.flatten(0, 1).split(CHUNK)])
         targets.append(functional.softmax(logits / temperature, 1).unflatten(0, x.shape[:2]))
-    return Lesson(torch.cat(list(examples), 1), torch.cat(targets, 1))
+    return Lesson(torch.stack(list(examples), 1), torch.stack(targets, 1))
 
 
 def rows_by_class(
@@ -133,28 +133,39 @@ def rows_by_class(
     return by_class[np.where(absent, 0, first[wanted]) + random.integers(choices)]
 
 
-def distil(student: nn.Module, lesson: Lesson, settings: FedRevive) -> int:
-    """Train a student on a lesson, in place, and return how many steps were skipped.
+def distil(student: nn.Module, lesson: Lesson, settings: FedRevive) -> list[float]:
+    """Train a student on a lesson, in place, and return the loss of each step.
 
-    The loss is the mean of T^2 KL(teachers || student), both softened by the temperature T
-    (Hinton et al. 2015); the optimiser is Adam. A step is skipped if its loss or its gradient is
-    not finite. BatchNorm normalises by the batch.
+    It is the mean over all examples of T^2 KL(teacher || student), both softened by the
+    temperature T (Hinton et al. 2015); the optimiser is Adam. In a step the student sees one
+    teacher's batch after the other, each alone, as BatchNorm normalises by the batch, and is in
+    training mode, so that its statistics move. A step is skipped, as if it had not been, if its
+    loss, its gradient or a statistic is not finite: its loss is not a number.
     """
     parameters = list(student.parameters())
     adam = torch.optim.Adam(parameters, lr=settings.kd_lr, weight_decay=WEIGHT_DECAY)
     student.train()
-    skipped = 0
-    for x, targets in zip(lesson.x, lesson.targets, strict=True):
-        logits = functional.log_softmax(student(x) / settings.temperature, 1)
-        loss = functional.kl_div(logits, targets, reduction="batchmean")
+    losses = []
+    for x_KB, targets_KB in zip(lesson.x, lesson.targets, strict=True):
+        before = {name: buffer.clone() for name, buffer in student.named_buffers()}
         adam.zero_grad()
-        (settings.temperature**2 * loss).backward()
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        if torch.isfinite(loss) and torch.isfinite(norm):
+        total = 0.0
+        for x, targets in zip(x_KB, targets_KB, strict=True):
+            logits = functional.log_softmax(student(x) / settings.temperature, 1)
+            loss = functional.kl_div(logits, targets, reduction="sum")
+            loss = settings.temperature**2 * loss / targets_KB[..., 0].numel()
+            loss.backward()
+            total += float(loss.detach())
+        slopes = [p.grad for p in parameters if p.grad is not None]
+        if math.isfinite(total) and all(
+            torch.isfinite(values).all() for values in (*slopes, *student.buffers())
+        ):
             adam.step()
+            losses.append(total)
         else:
-            skipped += 1
-    return skipped
+            student.load_state_dict(before, strict=False)
+            losses.append(math.nan)
+    return losses
 
 
 class Unlabelled:
@@ -178,7 +189,6 @@ class Unlabelled:
         teachers: Sequence[Teacher],
         student: nn.Module,
         random: np.random.Generator,
-        adversarial: bool,
     ) -> None:
         """Do nothing: the examples are there."""
 

@@ -5,6 +5,7 @@ themselves, on samples that a generator makes up, or on unlabelled ones of nobod
 """
 
 import logging
+import math
 import zlib
 from collections import deque
 from collections.abc import Mapping, Sequence, Set
@@ -21,9 +22,9 @@ from fedge_sim.algorithms import Arrays
 from fedge_sim.algorithms.asynchronous import Update, beta_of, change, step
 from fedge_sim.algorithms.distillation import Source, Teacher, Unlabelled, class_mix, distil
 from fedge_sim.algorithms.generator import Generator
-from fedge_sim.algorithms.synthesis import Synthesiser
+from fedge_sim.algorithms.synthesis import Synthesiser, statistics
 from fedge_sim.config import Settings
-from fedge_sim.errors import DataError
+from fedge_sim.errors import ConfigError, DataError
 from fedge_sim.memory import trim
 from fedge_sim.models import build_model, initialise
 from fedge_sim.randomness import stream, torch_generator
@@ -41,9 +42,10 @@ log = logging.getLogger(__name__)
 class FedRevive:
     """The server's rule: x += server_lr * mean of (1 - beta) delta_i + beta kd_i.
 
-    kd_i is how the server's model changes when it is distilled from the clients' newest models;
-    beta rises with the update's staleness. Up to version ``freeze_versions`` updates are taken
-    as they are, and up to ``warmup_versions`` too, while the generator already learns.
+    kd_i is how the server's model, its buffers included, changes when it is distilled from the
+    clients' newest models; beta rises with the update's staleness. An update that comes to a
+    server of less than ``freeze_versions`` versions is taken as it is; up to ``warmup_versions``
+    the generator learns while nothing is distilled: kd_i is 0.
 
     Parameters
     ----------
@@ -58,7 +60,8 @@ class FedRevive:
     Raises
     ------
     ConfigError
-        If no generator can be made for such examples.
+        If no generator can be made for such examples, or if samples are to be like what
+        networks have seen and these keep no statistics of it.
     DataError
         If the unlabelled examples cannot be read.
     """
@@ -84,7 +87,8 @@ class FedRevive:
             x = unlabelled(Path(own.unlabelled_data), example_shape)
             self.source = Unlabelled(x, own, self._device)
         else:
-            generator = Generator(*self._shape, own.noise_size, own.generator_width)
+            self._check_statistics()
+            generator = Generator(example_shape, own.noise_size, own.generator_width)
             initialise(generator, torch_generator(settings.seed, "generator", server))
             self.source = Synthesiser(self._place(generator), own)
         self.skipped_steps = 0
@@ -98,42 +102,52 @@ class FedRevive:
         lr = self._settings.hierarchy.server_lr
         return step(model, changes, updates[-1].arrays, lr, self._trainable)
 
+    def _check_statistics(self) -> None:
+        """Refuse a loss on statistics that no layer keeps."""
+        name, weight = self._settings.data.model, self._settings.fedrevive.batch_norm
+        layers = build_model(name, *self._shape).modules()
+        if weight > 0 and all(statistics(layer) is None for layer in layers):
+            raise ConfigError.at(
+                *("fedrevive", "batch_norm", weight),
+                f"is the weight of statistics that networks keep, and {name} keeps none: set 0.0, "
+                f"or a model with BatchNorm or trackers (for images cnn2d-small, resnet18-tracked)",
+            )
+
     def _change(self, model: Arrays, update: Update, version: int) -> Arrays:
         """Return what an update changes, after it has joined the teachers."""
         network = self._network(update.arrays)
         self.teachers.append(Teacher(network, class_mix(update.class_counts)))
         own, share = self._settings.fedrevive, beta_of(self._settings, update.staleness)
-        if version <= own.freeze_versions or not share:
+        completed = version - 1  # when the update came
+        if completed < own.freeze_versions or not share:
             return change(model, update, 1.0, self._trainable)
         random = stream(self._settings.seed, "fedrevive", self._server, update.number)
-        warm = version > own.warmup_versions
         student = self._network(model).eval().requires_grad_(False)
-        self.source.prepare(self.teachers, student, random, adversarial=warm)
+        self.source.prepare(self.teachers, student, random)
         self._trim()
-        if not warm:
-            return change(model, update, 1.0, self._trainable)
-        distilled = self._distilled(model, random)
         raw = change(model, update, 1.0 - share, self._trainable)
+        if completed <= own.warmup_versions:
+            return raw
+        distilled = self._distilled(model, random)
         return {
             name: array + share * distilled[name] if name in distilled else array
             for name, array in raw.items()
         }
 
     def _distilled(self, model: Arrays, random: np.random.Generator) -> Arrays:
-        """Return kd_i of the parameters.
-
-        Buffers have none: BatchNorm's statistics of made-up samples are not those of clients'.
-        """
+        """Return kd_i, of parameters and buffers; integer ones have none."""
         student = self._network(model)
         lesson = self.source.lesson(self.teachers, random)
-        skipped = distil(student, lesson, self._settings.fedrevive)
+        losses = distil(student, lesson, self._settings.fedrevive)
+        skipped = sum(map(math.isnan, losses))
         self._trim()
         if skipped:
             log.warning("%d steps of distillation skipped: not finite", skipped)
             self.skipped_steps += skipped
         return {
-            name: parameter.detach().cpu().numpy().astype(np.float64) - model[name]
-            for name, parameter in student.named_parameters()
+            name: tensor.cpu().numpy().astype(np.float64) - model[name]
+            for name, tensor in student.state_dict().items()
+            if tensor.is_floating_point()
         }
 
     def _trim(self) -> None:

@@ -1,4 +1,4 @@
-"""A network from noise and a class to made-up examples, standardised as real ones are."""
+"""A network from noise to made-up examples, standardised as real ones are."""
 
 from math import ceil
 
@@ -10,21 +10,20 @@ SLOPE = 0.2
 
 
 class Generator(nn.Module):
-    """Linear, then twice (upsample x2, conv 3, BatchNorm, LeakyReLU), conv 3, tanh, BatchNorm.
+    """Linear, norm, twice (upsample x2, conv 3, norm, LeakyReLU), conv 3, tanh, norm.
 
-    Its input is noise plus an embedding of the class. The last layer has neither scale nor shift:
-    each channel of a batch has mean 0 and variance 1, as standardised examples have, and no
-    statistic of real ones is needed. All normalisation is by the batch. Windows are images of
-    height 1, which is left as it is.
+    As published up to the last convolution. The last norm has neither scale nor shift: each
+    channel of a batch has mean 0 and variance 1, as standardised examples have, and no statistic
+    of real ones is needed. All norms are BatchNorm, by the batch. Windows are images of height 1,
+    which is left as it is.
 
     Parameters
     ----------
     example_shape : tuple of int
         (channels, samples) or (channels, height, width), of any size: what is generated is a
         multiple of 4 and then cropped.
-    num_classes : int
     noise_size : int
-        Values of its input, and of a class's embedding.
+        Values of its input.
     width : int
         Channels of the last hidden layer; those before it have twice as many.
 
@@ -34,9 +33,7 @@ class Generator(nn.Module):
         If examples have another shape.
     """
 
-    def __init__(
-        self, example_shape: tuple[int, ...], num_classes: int, noise_size: int, width: int
-    ) -> None:
+    def __init__(self, example_shape: tuple[int, ...], noise_size: int, width: int) -> None:
         super().__init__()
         if len(example_shape) not in (2, 3):
             raise ConfigError.at(
@@ -54,11 +51,10 @@ class Generator(nn.Module):
             return nn.BatchNorm2d(channels, affine=affine, track_running_stats=False)
 
         def larger(channels_in: int, channels: int) -> list[nn.Module]:
-            conv = nn.Conv2d(channels_in, channels, kernel, padding="same")
+            conv = nn.Conv2d(channels_in, channels, kernel, padding="same", bias=False)
             up = nn.Upsample(scale_factor=factor)
             return [up, conv, norm(channels), nn.LeakyReLU(SLOPE)]
 
-        self.classes = nn.Embedding(num_classes, noise_size)
         self.layers = nn.Sequential(
             nn.Linear(noise_size, 2 * width * first[0] * first[1]),
             nn.Unflatten(1, (2 * width, *first)),
@@ -70,12 +66,9 @@ class Generator(nn.Module):
         )
         self.standardise = norm(channels, affine=False)
 
-    def forward(self, z_BN: Tensor, labels_B: Tensor) -> Tensor:
-        """Return examples (B, *example_shape), B at least 2.
-
-        From noise (B, noise_size) and class labels (B,).
-        """
+    def forward(self, z_BN: Tensor) -> Tensor:
+        """Return examples (B, *example_shape) from noise (B, noise_size), B at least 2."""
         height, width = self.size
-        x: Tensor = self.layers(z_BN + self.classes(labels_B))
+        x: Tensor = self.layers(z_BN)
         x = self.standardise(x[..., :height, :width])
         return x.reshape(-1, *self.example_shape)

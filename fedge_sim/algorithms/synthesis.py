@@ -1,16 +1,16 @@
 """Samples that are made up so that teachers are sure of them, and a generator that learns to.
 
-Each time a copy of the generator is trained for a few steps, together with its noise, the best of
-the batches that it made is kept, and the generator moves towards it: fast meta-learned synthesis
-(Fang et al. 2022) by Reptile (Nichol et al. 2018).
+Each time a copy of the generator is trained for a few steps, together with its noise and what
+stands for each class, the best of the batches that it made is kept, and the generator moves
+towards it: fast meta-learned synthesis (Fang et al. 2022) by Reptile (Nichol et al. 2018).
 
-K is the number of teachers, C of classes, B of a batch.
+K is the number of teachers, C of classes, B of a batch, N of a generator's inputs.
 """
 
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,29 +28,59 @@ from fedge_sim.algorithms.distillation import (
 from fedge_sim.algorithms.generator import Generator
 from fedge_sim.algorithms.personal import NORMS
 from fedge_sim.config_devices import FedRevive
+from fedge_sim.models.tracker import Tracker, channel_statistics
 
 BETAS = (0.5, 0.999)  # of Adam, for the generator, its copies and the noise
 
 
-@contextmanager
-def batch_norm_gaps(network: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect, in a forward pass, how far each BatchNorm's input is from what it has seen.
+class Losses(NamedTuple):
+    """How unlike a good batch of samples is, in three ways; :meth:`total` weighs them.
 
-    A gap is ||mean - running mean||_2 + ||variance - running variance||_2 (Yin et al. 2020, eq. 4).
+    Attributes
+    ----------
+    one_hot, batch_norm, adversarial : Tensor ()
+    """
+
+    one_hot: Tensor
+    batch_norm: Tensor
+    adversarial: Tensor
+
+    def total(self, settings: FedRevive) -> Tensor:
+        """Return their sum, each times its weight."""
+        return (
+            settings.one_hot * self.one_hot
+            + settings.batch_norm * self.batch_norm
+            + settings.adversarial * self.adversarial
+        )
+
+
+def statistics(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Return means and variances of the channels that a layer has seen; none if it keeps none."""
+    if isinstance(layer, Tracker):
+        return layer.tracked_mean, layer.tracked_variance
+    if isinstance(layer, NORMS) and layer.running_mean is not None:
+        assert layer.running_var is not None
+        return layer.running_mean, layer.running_var
+    return None
+
+
+@contextmanager
+def statistics_gaps(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect, in a forward pass, how far each layer's input is from what it has seen.
+
+    Of BatchNorm's and trackers' inputs; a gap is ||mean - running mean||_2 +
+    ||variance - running variance||_2 (Yin et al. 2020, eq. 4).
     """
     gaps: list[Tensor] = []
 
-    def compare(layer: Any, inputs: tuple[Tensor, ...]) -> None:
-        rows_NC = inputs[0].movedim(1, -1).flatten(0, -2)  # var_mean is slow on channels last
-        mean = rows_NC.mean(0)
-        variance = (rows_NC - mean).square().mean(0)
-        gaps.append((mean - layer.running_mean).norm() + (variance - layer.running_var).norm())
+    def compare(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen = statistics(layer)
+        assert seen is not None
+        pairs = zip(channel_statistics(inputs[0]), seen, strict=True)
+        gaps.append(torch.stack([(here - there).norm() for here, there in pairs]).sum())
 
-    hooks = [
-        layer.register_forward_pre_hook(compare)
-        for layer in network.modules()
-        if isinstance(layer, NORMS) and layer.running_mean is not None
-    ]
+    layers = [layer for layer in network.modules() if statistics(layer) is not None]
+    hooks = [layer.register_forward_pre_hook(compare) for layer in layers]
     try:
         yield gaps
     finally:
@@ -64,14 +94,14 @@ def backward_synthesis(
     teachers: Sequence[Teacher],
     student: nn.Module | None,
     settings: FedRevive,
-) -> Tensor:
-    """Add the gradient of a batch's loss to all that x is made of, and return the loss, detached.
+) -> Losses:
+    """Add the gradient of a batch's loss to all that x is made of, and return it, detached.
 
-    The loss says how unlike a good batch of samples x is. With w_k(y) of :func:`teacher_weights`,
-    it is the mean over the batch of ``one_hot`` times sum_k w_k(y) CE(teacher_k(x), y);
-    ``batch_norm`` times the gaps of all teachers' BatchNorm layers, each by its mean w_k; less
-    ``adversarial`` times sum_k w_k(y) KL(teacher_k || student) where both say the same class, as
-    there a student can still learn (Askin et al. 2025).
+    With w_k(y) of :func:`teacher_weights`, the losses are: ``one_hot``, the mean over the batch of
+    sum_k w_k(y) CE(teacher_k(x), y); ``batch_norm``, the sum over teachers of the gaps of all
+    their statistics times their mean w_k; ``adversarial``, minus the mean of
+    sum_k w_k(y) KL(teacher_k || student) where both say the same class, as there a student can
+    still learn (Askin et al. 2025).
 
     Its gradient is that of one teacher after the other: what all of them together keep for it
     would be most of the server's memory.
@@ -85,44 +115,59 @@ def backward_synthesis(
         In evaluation mode; None leaves the last term out.
     settings : FedRevive
     """
-    weights_KB = teacher_weights(teachers).to(x.device)[:, labels]
+    weights_KB = teacher_weights(teachers).to(x)[:, labels]
     made = x.detach().requires_grad_()
     said_BC = known_BC = None
     if student is not None:
         said_BC = student(made)
         known_BC = said_BC.detach().requires_grad_()
-    total = x.new_zeros(())
+    sums = x.new_zeros(3)
     for teacher, weights_B in zip(teachers, weights_KB, strict=True):
-        loss = _loss_of(teacher, made, labels, weights_B, known_BC, settings)
-        loss.backward()
-        total += loss.detach()
+        losses = _losses_of(teacher, made, labels, weights_B, known_BC)
+        losses.total(settings).backward()
+        sums += torch.stack(losses).detach()
     if said_BC is not None and known_BC is not None:
         said_BC.backward(known_BC.grad)
     if x.requires_grad:
         x.backward(made.grad)
-    return total
+    return Losses(*sums)
 
 
-def _loss_of(
-    teacher: Teacher,
-    x: Tensor,
-    labels: Tensor,
-    weights_B: Tensor,
-    student_BC: Tensor | None,
-    settings: FedRevive,
-) -> Tensor:
-    """Return a teacher's part of the loss; of the student there are its logits."""
-    with batch_norm_gaps(teacher.network) as gaps:
+def _losses_of(
+    teacher: Teacher, x: Tensor, labels: Tensor, weights_B: Tensor, student_BC: Tensor | None
+) -> Losses:
+    """Return a teacher's part of the losses; of the student there are its logits."""
+    with statistics_gaps(teacher.network) as gaps:
         log_p_BC = functional.log_softmax(teacher.network(x), 1)
     entropy_B = functional.nll_loss(log_p_BC, labels, reduction="none")
-    loss = settings.one_hot * (weights_B * entropy_B).mean()
-    if gaps:
-        loss = loss + settings.batch_norm * weights_B.mean() * torch.stack(gaps).sum()
+    adversarial = x.new_zeros(())
     if student_BC is not None:
         gain_B = (log_p_BC.exp() * (log_p_BC - functional.log_softmax(student_BC, 1))).sum(1)
         agree_B = log_p_BC.argmax(1) == student_BC.argmax(1)
-        loss = loss - settings.adversarial * (weights_B * gain_B * agree_B).mean()
-    return loss
+        adversarial = -(weights_B * gain_B * agree_B).mean()
+    return Losses(
+        one_hot=(weights_B * entropy_B).mean(),
+        batch_norm=weights_B.mean() * torch.stack(gaps).sum() if gaps else x.new_zeros(()),
+        adversarial=adversarial,
+    )
+
+
+class Synthesis(NamedTuple):
+    """What came of one time that samples were made up.
+
+    Attributes
+    ----------
+    copy : Generator
+        As it was trained.
+    losses : list of Losses
+        Of each step, before it; the last is not finite if training had to end.
+    best : Tensor (B, *shape), optional
+        The batch of the lowest loss; none if no loss was finite.
+    """
+
+    copy: Generator
+    losses: list[Losses]
+    best: Tensor | None
 
 
 class Synthesiser:
@@ -133,63 +178,111 @@ class Synthesiser:
     generator : Generator
         It is trained in place.
     settings : FedRevive
+
+    Attributes
+    ----------
+    calls : int
+        How often samples were made up: from the ``adversarial_start``-th time on the student
+        takes part.
     """
 
     def __init__(self, generator: Generator, settings: FedRevive) -> None:
         self.generator = generator.train()
         self._settings = settings
-        self._adam = torch.optim.Adam(generator.parameters(), settings.generator_lr, BETAS)
-        self._device = next(generator.parameters()).device
-        self.x = torch.empty((0, *generator.example_shape), device=self._device)
+        # Without an epsilon: a first step is the rate times a sign, however near the copy is.
+        self._adam = torch.optim.Adam(generator.parameters(), settings.generator_lr, BETAS, eps=0.0)
+        like = next(generator.parameters())
+        self._device = like.device
+        self.x = torch.empty((0, *generator.example_shape), device=like.device, dtype=like.dtype)
         self.labels = np.empty(0, np.int64)
+        self.calls = 0
 
     def prepare(
-        self,
-        teachers: Sequence[Teacher],
-        student: nn.Module,
-        random: np.random.Generator,
-        adversarial: bool,
+        self, teachers: Sequence[Teacher], student: nn.Module, random: np.random.Generator
     ) -> None:
-        """Make a batch of samples for the pool, and let the generator learn from it."""
+        """Make a batch of samples for the pool, and let the generator learn from it.
+
+        What stands for each class is drawn anew, as the noise is.
+        """
         s = self._settings
         mix = np.mean([teacher.mix for teacher in teachers], axis=0)
         labels = random.choice(len(mix), s.synthesis_batch_size, p=mix / mix.sum())
+        noise, classes = (
+            torch.from_numpy(random.standard_normal((rows, s.noise_size), np.float32))
+            for rows in (s.synthesis_batch_size, len(mix))
+        )
+        self.synthesise(labels, noise.to(self._device), classes.to(self._device), teachers, student)
+
+    def synthesise(
+        self,
+        labels: NDArray[np.int64],
+        noise: Tensor,
+        classes: Tensor,
+        teachers: Sequence[Teacher],
+        student: nn.Module,
+    ) -> Synthesis:
+        """Train a copy of the generator with its inputs; keep the best batch, and follow the copy.
+
+        Parameters
+        ----------
+        labels : int64 array (B,)
+            The classes that the samples are to be of.
+        noise : Tensor (B, N)
+        classes : Tensor (C, N)
+            What is added to the noise of each class, times ``class_weight``. Both are trained in
+            place.
+        teachers : sequence of Teacher
+        student : nn.Module
+            In evaluation mode.
+        """
+        s = self._settings
+        self.calls += 1
+        opponent = student if s.adversarial and self.calls >= s.adversarial_start else None
         y = torch.from_numpy(labels).to(self._device)
-        size = (s.synthesis_batch_size, s.noise_size)
-        noise = torch.from_numpy(random.standard_normal(size, np.float32)).to(self._device)
         clone = copy.deepcopy(self.generator)
+        inputs = [noise.requires_grad_(), classes.requires_grad_()]
         own: list[dict[str, Any]] = [
-            {"params": list(clone.layers.parameters())},
-            {"params": [noise.requires_grad_(), clone.classes.weight], "lr": s.noise_lr},
+            {"params": list(clone.parameters())},
+            {"params": inputs, "lr": s.noise_lr},
         ]
         adam = torch.optim.Adam(own, s.generator_lr, BETAS)
-        lowest, best = float("inf"), None
+        lowest, result = float("inf"), Synthesis(clone, [], None)
         for _ in range(s.generator_steps):
             adam.zero_grad()
-            x = clone(noise, y)
-            loss = backward_synthesis(x, y, teachers, student if adversarial else None, s)
+            x = clone(noise + s.class_weight * classes[y])
+            losses = backward_synthesis(x, y, teachers, opponent, s)
+            result.losses.append(losses)
+            loss = losses.total(s)
             if not torch.isfinite(loss):
                 break  # so would be all that follows
             if loss.item() < lowest:
-                lowest, best = loss.item(), x.detach()
+                lowest, result = loss.item(), result._replace(best=x.detach())
             adam.step()
-        if best is not None:
-            self._keep(best, labels)
+        if result.best is not None:
+            self._keep(result.best, labels)
             self._move_towards(clone)
+        return result
 
     def _keep(self, x: Tensor, labels: NDArray[np.int64]) -> None:
         newest = slice(-self._settings.max_samples, None)
         self.x = torch.cat([self.x, x.contiguous()])[newest]  # in the layout of a checkpoint
         self.labels = np.concatenate([self.labels, labels])[newest]
 
+    @torch.no_grad()
     def _move_towards(self, clone: Generator) -> None:
-        """Take a step of Reptile: Adam on the gradient theta - theta of the copy."""
+        """Take a step of Reptile: Adam on the gradient theta - theta of the copy.
+
+        A value that never differed from the copy's stays as it is: for Adam it would be 0 / 0.
+        """
         pairs = list(zip(self.generator.parameters(), clone.parameters(), strict=True))
         if not all(torch.isfinite(there).all() for _, there in pairs):
             return
+        before = [here.clone() for here, _ in pairs]
         for here, there in pairs:
-            here.grad = here.detach() - there.detach()
+            here.grad = here - there
         self._adam.step()
+        for (here, _), then in zip(pairs, before, strict=True):
+            here.copy_(torch.where(torch.isfinite(here), here, then))
 
     def lesson(self, teachers: Sequence[Teacher], random: np.random.Generator) -> Lesson:
         """Draw each teacher's batches by the classes that it knows."""
@@ -212,6 +305,7 @@ class Synthesiser:
             ],
             "x": self.x.cpu().numpy(),
             "labels": self.labels,
+            "calls": self.calls,
         }
 
     @torch.no_grad()
@@ -228,6 +322,7 @@ class Synthesiser:
         self._adam.load_state_dict({"state": moments, "param_groups": groups})
         self.x = torch.tensor(state["x"]).to(self._device)
         self.labels = np.array(state["labels"])
+        self.calls = int(state["calls"])
 
 
 def _like(parameter: Tensor, array: NDArray[Any]) -> Tensor:

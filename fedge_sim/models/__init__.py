@@ -12,6 +12,7 @@ from fedge_sim.models.cnn2d import CNN2D
 from fedge_sim.models.cnn2d_small import CNN2DSmall
 from fedge_sim.models.mlp import MLP
 from fedge_sim.models.resnet18 import ResNet18
+from fedge_sim.models.resnet18_tracked import ResNet18Tracked
 
 
 class Model(NamedTuple):
@@ -38,6 +39,7 @@ MODELS = {
     "cnn2d-small": Model(CNN2DSmall, "images (channels, height, width)", 3),
     "mlp": Model(MLP, "examples of any shape", 0),
     "resnet18": Model(ResNet18, "images (channels, height, width)", 3),
+    "resnet18-tracked": Model(ResNet18Tracked, "images (channels, height, width)", 3),
 }
 
 

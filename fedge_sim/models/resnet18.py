@@ -4,6 +4,8 @@ The first layer is a 3 x 3 convolution without pooling, as usual for images of 3
 GroupNorm needs no statistics over clients whose data differ (Hsieh et al. 2020).
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 WIDTHS = (64, 128, 256, 512)
@@ -11,19 +13,26 @@ BLOCKS = 2  # of each width
 GROUPS = 32
 
 
+def group_norm(width: int) -> nn.Module:
+    """Return GroupNorm as published for it (Wu & He 2018)."""
+    return nn.GroupNorm(GROUPS, width)
+
+
 class Block(nn.Module):
     """Two 3 x 3 convolutions beside a shortcut, which is 1 x 1 where the shape changes."""
 
-    def __init__(self, width_in: int, width: int, stride: int) -> None:
+    def __init__(
+        self, width_in: int, width: int, stride: int, norm: Callable[[int], nn.Module]
+    ) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride=stride, padding=1, bias=False)
-        self.norm1 = nn.GroupNorm(GROUPS, width)
+        self.norm1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm2 = nn.GroupNorm(GROUPS, width)
+        self.norm2 = norm(width)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or width_in != width:
             conv = nn.Conv2d(width_in, width, 1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.GroupNorm(GROUPS, width))
+            self.shortcut = nn.Sequential(conv, norm(width))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return the block's output, smaller by its stride."""
@@ -42,17 +51,24 @@ class ResNet18(nn.Module):
     example_shape : (int, int, int)
         Channels, height and width of an image; any size will do.
     num_classes : int
+    norm : callable
+        From the width of a convolution to what stands behind it.
     """
 
-    def __init__(self, example_shape: tuple[int, ...], num_classes: int) -> None:
+    def __init__(
+        self,
+        example_shape: tuple[int, ...],
+        num_classes: int,
+        norm: Callable[[int], nn.Module] = group_norm,
+    ) -> None:
         super().__init__()
         self.stem = nn.Conv2d(example_shape[0], WIDTHS[0], 3, padding=1, bias=False)
-        self.norm = nn.GroupNorm(GROUPS, WIDTHS[0])
+        self.norm = norm(WIDTHS[0])
         blocks, width_in = [], WIDTHS[0]
         for stage, width in enumerate(WIDTHS):
             for number in range(BLOCKS):
                 stride = 2 if stage > 0 and number == 0 else 1
-                blocks.append(Block(width_in, width, stride))
+                blocks.append(Block(width_in, width, stride, norm))
                 width_in = width
         self.blocks = nn.Sequential(*blocks)
         self.head = nn.Linear(width_in, num_classes)

@@ -230,9 +230,9 @@ class VersionReporter(Callback):
         )
         log.info("results: %s", info.folder)
         versions, own = settings.devices.max_model_version, settings.fedrevive
-        begins = max(own.freeze_versions, own.warmup_versions)
-        if settings.asynchronous.rule == "fedrevive" and versions <= begins:
-            log.warning("nothing is distilled before version %d of %d", begins + 1, versions)
+        first = max(own.freeze_versions + 1, own.warmup_versions + 2)
+        if settings.asynchronous.rule == "fedrevive" and versions < first:
+            log.warning("nothing is distilled before version %d of %d", first, versions)
         self._folder, self._form = info.folder, info.data.form
         self._last: HeldOut | None = None
         servers = h.num_servers if at_leaves else 1

@@ -13,6 +13,8 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fedge_sim.models.tracker import Tracker
+
 
 class Vectorised:
     """A private copy of a network, called with the values of many clients.
@@ -33,6 +35,8 @@ class Vectorised:
             if isinstance(layer, _BatchNorm) and type(layer).forward is _BatchNorm.forward:
                 # In place, so that names, hooks and isinstance are the network's own.
                 layer.forward = partial(_batch_norm, layer, layer.forward, self._rows)  # type: ignore[method-assign]
+            elif isinstance(layer, Tracker):
+                layer.forward = partial(_track, layer, self._rows)  # type: ignore[method-assign]
 
     def __call__(
         self, state: Mapping[str, Tensor], x: Tensor, valid: Tensor | None, alone: bool
@@ -77,7 +81,7 @@ class Vectorised:
 
 
 class _Rows:
-    """Which rows of the batch under way are no padding: how BatchNorm learns of it.
+    """Which rows of the batch under way are no padding: how BatchNorm and trackers know.
 
     Attributes
     ----------
@@ -140,6 +144,13 @@ def _batch_norm(
     if layer.bias is not None:
         out = out + layer.bias.view_as(scale)
     return out.to(x.dtype)
+
+
+def _track(layer: Tracker, rows: _Rows, x: Tensor) -> Tensor:
+    """Do what ``layer`` does, by one client's valid rows alone."""
+    if layer.training:
+        layer.track(x, rows.valid)
+    return x
 
 
 def _native(layer: _BatchNorm, x: Tensor, factor: Any, keeps: bool) -> Tensor:
