@@ -205,7 +205,8 @@ def federate(settings: Settings) -> FederatedData:
                 "split",
                 config.split,
                 f"client {client} keeps {len(own.train)} examples for training after the windows "
-                "that overlap with held-out ones are left out; use more data or fewer clients",
+                f"that overlap with held-out ones are left out; allowed: at least {MIN_TRAIN}; use "
+                'more data or fewer clients, or split = "random"',
             )
     groups = client_groups(dataset, clients)
     labels: dict[int, NDArray[np.int64]] = {}

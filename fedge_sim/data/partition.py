@@ -283,7 +283,8 @@ def quantity(dataset: Dataset, settings: Settings) -> list[Rows]:
     num_clients = settings.hierarchy.num_clients
     spare = len(dataset) - MIN_EXAMPLES * num_clients
     if spare < 0:
-        raise _problem(settings, f"{num_clients} clients cannot share {len(dataset)} examples")
+        problem = f"{num_clients} clients cannot share {len(dataset)} examples; {ENOUGH}"
+        raise _problem(settings, f"{problem}; use fewer clients or more data")
     rng = stream(settings.seed, "partition/quantity")
     shares = rng.dirichlet(np.full(num_clients, settings.data.partition_alpha))
     ends = np.round(np.cumsum(shares) * spare).astype(int)
