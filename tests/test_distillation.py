@@ -592,6 +592,9 @@ def test_unlabelled_images_may_have_their_channels_last(saved):
     np.testing.assert_allclose(x.std((0, 2, 3)), 1, atol=1e-6)
     first = images.transpose(0, 3, 1, 2)
     np.testing.assert_array_equal(unlabelled(saved({"x": first}), (3, 4, 6)), x)
+    windows = images[:, 0]  # 6 samples of 3 channels
+    x = unlabelled(saved({"x": windows.transpose(0, 2, 1)}), (3, 6))
+    np.testing.assert_array_equal(unlabelled(saved({"x": windows}), (3, 6)), x)
 
 
 @pytest.mark.parametrize(

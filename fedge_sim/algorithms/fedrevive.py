@@ -198,8 +198,8 @@ def unlabelled(file: Path, example_shape: tuple[int, ...]) -> NDArray[np.float32
     ----------
     file : Path
     example_shape : tuple of int
-        Of the clients' examples. ``x`` is (N, *example_shape), or, where examples are images
-        (channels, height, width), it may be (N, height, width, channels).
+        Of the clients' examples. ``x`` is (N, *example_shape), or has the channels last: images
+        (N, height, width, channels), windows (N, samples, channels).
 
     Raises
     ------
@@ -214,8 +214,8 @@ def unlabelled(file: Path, example_shape: tuple[int, ...]) -> NDArray[np.float32
         reason = " ".join(str(error).split())
         raise DataError(f"{at}: must be an .npz file with an array x: {reason}") from None
     last = (*example_shape[1:], example_shape[0])  # with the channels last
-    if len(example_shape) == 3 and x.shape[1:] == last != example_shape:
-        x = x.transpose(0, 3, 1, 2)
+    if x.shape[1:] == last != example_shape:
+        x = np.moveaxis(x, -1, 1)
     if x.shape[1:] != example_shape or not len(x) or x.dtype.kind not in "fiu":
         raise DataError(
             f"{at}: x must be numbers (N, {', '.join(map(str, example_shape))}) as the clients' "
