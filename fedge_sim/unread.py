@@ -167,7 +167,8 @@ class Unread(NamedTuple):
 def unread(settings: "Settings", *, under_flower: bool = False) -> Iterator[Unread]:
     """Yield each key that is set and not read, with the first reason for it.
 
-    What is off (0, or no text) asks for nothing, and so does not count.
+    What is off (0, or no text) asks for nothing, and so does not count; nor does a default beside
+    a choice that is named.
 
     Parameters
     ----------
@@ -228,6 +229,10 @@ def _keys(settings: "Settings", line: Read) -> list[str]:
 
 def _is_asked_for(settings: "Settings", line: Read, path: str) -> bool:
     value = _value(settings, path)
+    table, _, key = path.rpartition(".")
+    usual = _value(type(_value(settings, table))(), key)
+    if value == usual and _is_set(settings, line.choice):  # a file of all keys, as shipped
+        return False
     return _is_set(settings, path) and (bool(value) or (line.data and value is False))
 
 

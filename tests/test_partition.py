@@ -162,7 +162,8 @@ def problems(draw, least=300):
 @given(st.sampled_from(["iid", "dirichlet", "shards", "quantity"]), problems(), st.integers(1, 4))
 def test_partitions_give_every_example_to_one_client(name, problem, wanted):
     data, clients, seed = problem
-    config = {"partition": name, "partition_alpha": 1.0, "partition_shards": wanted}
+    own = {"shards": {"partition_shards": wanted}, "iid": {}}
+    config = {"partition": name, **own.get(name, {"partition_alpha": 1.0})}
     rows = partition(data, topology(*clients, **config, seed=seed))
     assert len(rows) == sum(clients)
     assert sorted(np.concatenate(rows)) == list(range(len(data)))
@@ -268,7 +269,8 @@ def test_partitions_are_those_of_the_library(name, problem, wanted):
     data, clients, seed = problem
     if np.bincount(data.y).min() < 30 or wanted > len(np.unique(data.y)):
         return
-    config = {"partition": name, "partition_alpha": 0.5, "partition_classes": wanted}
+    own = {"classes": {"partition_classes": wanted}, "iid": {}}
+    config = {"partition": name, **own.get(name, {"partition_alpha": 0.5})}
     wanted_settings = topology(*clients, **config, seed=seed)
     rows = partition(data, wanted_settings)
     n, seed_there = sum(clients), int(stream(seed, "partition/library").integers(2**32))
@@ -325,10 +327,6 @@ def test_partitions_are_skewed_as_they_say():
         (
             {"partition": "shards", "partition_shards": 7},
             "9 clients have 63 shards, and there are 60 examples; allowed: at most 6",
-        ),
-        (
-            {"partition": "iid", "partition_balanced": "true"},
-            'partition-balanced = true: is a form of partition = "dirichlet"',
         ),
         ({"partition": "file"}, "needs partition-file"),
         ({"partition": "shard"}, "unknown; did you mean 'shards'?"),

@@ -67,7 +67,7 @@ def paths(settings) -> list[str]:
         ("[app.config]\nuse-watches = true", "use-watches", 'dataset = "hhar",'),
         ('[app.config]\ndataset = "uci-har"\nsample-rate-hz = 20', "sample-rate-hz", '"uci-har";'),
         ('[app.config]\ndataset = "digits"\nwindow-seconds = 1.0', "window-seconds", '"digits";'),
-        ('[app.config]\ndataset = "arrays"\nsynthetic-clients = 9', "synthetic-clients", "arrays"),
+        ('[app.config]\ndataset = "arrays"\nsynthetic-clients = 12', "synthetic-clients", "arrays"),
         ("[app.config]\nimage-size = 16", "image-size", 'dataset = "cifar10",'),
         ("[app.config]\npartition-alpha = 0.5", "partition-alpha", 'partition is "user" by'),
         ("[app.config]\npartition-shards = 2", "partition-shards", 'partition = "shards",'),
@@ -206,6 +206,24 @@ def test_a_comparison_tells_what_no_method_reads(tmp_path, caplog):
         '(only with hierarchy.client_rule = "scaffold")'
     )
     assert second.startswith("Odd: set, and without effect here: cloud_cluster.num_clusters")
+
+
+def test_a_copy_of_the_applications_own_file_is_no_other_run(tmp_path):
+    """All keys stand there; where the dataset and partition are named, defaults ask for nothing."""
+    text = (ROOT / "pyproject.toml").read_text()
+    copy = tmp_path / "copy.toml"
+    copy.write_text(text.replace("seed = 42", "seed = 43"))
+    assert told(unread(load_settings(copy))) == ""
+    for old, new, key in (
+        ("partition-alpha = 0.5", "partition-alpha = 0.1", "partition-alpha"),
+        ('layout = "auto"', 'layout = "channels-last"', "layout"),
+        ('data-root = "data"', 'data-root = "elsewhere"', "data-root"),
+        ('dataset = "hhar-synthetic"\n', "", "data-root"),
+    ):
+        assert old in text
+        copy.write_text(text.replace(old, new))
+        with pytest.raises(ConfigError, match=key):
+            load_settings(copy)
 
 
 def test_what_is_off_asks_for_nothing():

@@ -47,13 +47,9 @@ def partition(dataset: Dataset, settings: Settings) -> Dealt:
         If the partition is unknown or does not fit the dataset and the topology, or a client
         would get too few examples to train and to be tested.
     """
-    config = settings.data
-    name = config.partition
+    name = settings.data.partition
     if name not in PARTITIONS:
         raise _problem(settings, f"unknown; {suggest(name, PARTITIONS)}")
-    if config.partition_balanced and name != "dirichlet":
-        problem = f'is a form of partition = "dirichlet": must be false with "{name}"'
-        raise ConfigError.at("app.config", "partition-balanced", True, problem)
     dealt = PARTITIONS[name](dataset, settings)
     for client, own in enumerate(dealt):
         if not isinstance(own, ClientData) and len(own) < MIN_EXAMPLES:
