@@ -432,9 +432,13 @@ class Settings(Table):
         if unknown := unknown_keys(cls, known):
             raise ConfigError("; ".join(unknown))
         try:
-            return cls.model_validate(known)
+            settings = cls.model_validate(known)
         except ValidationError as error:
             raise _config_error(error) from None
+        # What devices change elsewhere nobody has set; client_rule has an older name.
+        given = {*known.get("hierarchy", ()), "client_rule"}
+        settings.hierarchy.model_fields_set.intersection_update(given)
+        return settings
 
     def with_data_root(self, path: str) -> Self:
         """Return the settings with the data somewhere else: a node's own folder."""

@@ -106,7 +106,7 @@ READ_WHERE = (
         ("sgd", "scaffold", "fedbn"),
     ),
     Read("hierarchy", _PROX_SCHEDULE, "hierarchy.prox_mu", (ABOVE_0,)),
-    Read("hierarchy", _PROX_SCHEDULE, "by_versions", (False,)),
+    Read("hierarchy", "prox_mu_min acc_stable_threshold", "hierarchy.prox_mu_decay", (BELOW_1,)),
     Read("hierarchy", "scaffold_warmup_rounds", _CLIENT_RULE, ("scaffold",)),
     Read(
         *("hierarchy", "pfedme_lambda pfedme_steps pfedme_inner_lr pfedme_outer_lr"),
