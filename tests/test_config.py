@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import tomli
+from flwr.common.config import get_fused_config_from_dir, parse_config_args
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedge_sim.config import (
+    AppConfig,
     Settings,
     load_settings,
     settings_from_json,
@@ -114,6 +116,16 @@ def test_pyproject_is_the_quick_default():
     assert settings.hierarchy.global_rounds == 10
     assert settings.data.dataset == "hhar-synthetic"
     assert [*map(list, settings.hierarchy.leaf_clients)] == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+
+
+def test_each_key_of_app_config_can_be_given_to_flwr_run():
+    """Flower's ``-c`` takes the keys that stand in the application's own file, and no others."""
+    flags = ['dataset="arrays" data-root="/x.npz" layout="channels-last" partition="shards"']
+    flags.append("partition-shards=3 label-swap=0.5")
+    fused = get_fused_config_from_dir(ROOT, parse_config_args(flags))
+    assert set(fused) == {field.alias for field in AppConfig.model_fields.values()}
+    data = load_settings(app_config=fused).data
+    assert (data.layout, data.partition_shards, data.label_swap) == ("channels-last", 3, 0.5)
 
 
 def test_learning_rate_of_a_round():
