@@ -96,7 +96,7 @@ def load(file: Path, arrays: bool = True) -> Any:
                     return _unpack(packed, found)
         raise CheckpointError(
             f"{file}: another version of fedge-sim wrote this checkpoint: go on with that version, "
-            "or start a new run"
+            'or start a new run (partition = "file" with its partition.json for the same clients)'
         )
     except FileNotFoundError:
         raise CheckpointError(f"{file}: there is no checkpoint") from None
