@@ -34,8 +34,8 @@ RUN = "run.json"
 # Of app.config: where files are, which may change while a run is not at work.
 PATHS = ("output-dir", "partition-file", "data-root", "cache-dir")
 # The files that only grow, or are written once; and one that is replaced until the run ends.
-LASTING = ("*.csv", "partition.json", "clusters_g*.json")
-AT_THE_END = ("cluster_history.json",)
+LASTING = ("timeline.csv", "partition.json", "metrics/*/*.csv", "clusters/*.csv", "clusters/*.json")
+AT_THE_END = ("metrics/*/cluster_history.json",)
 CHUNK = 2**20  # bytes, that are read at a time
 WAY_OUT = "put it back, or start a new run"
 # Where something else than a JSON value stands, and of what kind.
@@ -160,9 +160,12 @@ class Checkpoints:
         if "run" not in self._began and (self._folder / RUN).exists():
             self._began["run"] = _digests(run_of(self._folder))
         files = {}
-        for path in _files(self._folder, ended):
-            self._sums[path] = _sum_of(self._folder / path, self._sums.get(path))
-            files[path] = self._sums[path][:2]
+        try:
+            for path in _files(self._folder, ended):
+                self._sums[path] = _sum_of(self._folder / path, self._sums.get(path))
+                files[path] = self._sums[path][:2]
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: {error.strerror}") from None
         whole = {**tree, "ended": ended, "began": self._began, "files": files}
         save(self._folder / NAME, whole)
 
@@ -192,11 +195,14 @@ class Checkpoints:
 
     def cut_back(self, tree: Mapping[str, Any]) -> None:
         """Drop what was written since a state was saved: what was added to files, and new ones."""
-        for path in _files(self._folder, ended=False):
-            if path in tree["files"]:
-                os.truncate(self._folder / path, tree["files"][path][0])
-            else:
-                (self._folder / path).unlink()
+        try:
+            for path in _files(self._folder, ended=False):
+                if path in tree["files"]:
+                    os.truncate(self._folder / path, tree["files"][path][0])
+                else:
+                    (self._folder / path).unlink()
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: {error.strerror}") from None
 
 
 def settings_to_go_on_with(folder: Path, tree: Mapping[str, Any]) -> Settings:
@@ -312,7 +318,7 @@ def _sum_of(file: Path, before: "_Sum | None" = None, size: int | None = None) -
 def _files(folder: Path, ended: bool) -> list[str]:
     """Return the files that are known by their sums, as paths from the folder."""
     patterns = (*LASTING, *AT_THE_END) if ended else LASTING
-    found = (file for pattern in patterns for file in folder.rglob(pattern))
+    found = (file for pattern in patterns for file in folder.glob(pattern))
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 

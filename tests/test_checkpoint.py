@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import struct
 import zlib
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 from fedge_sim import checkpoint
-from fedge_sim.checkpoint import Checkpoints, load, save, settings_to_go_on_with
+from fedge_sim.checkpoint import PATHS, Checkpoints, load, save, settings_to_go_on_with
 from fedge_sim.config import load_settings
 from fedge_sim.data.base import ClientData, DataSummary
 from fedge_sim.errors import CheckpointError
@@ -168,16 +170,19 @@ def test_an_array_in_several_places_is_written_once(tmp_path):
 CLIENTS = (ClientData(np.arange(3), np.array([3])), ClientData(np.arange(5, 7), np.array([4])))
 DATA = DataSummary(CLIENTS, (6, 100), ("a", "b"), (), "f00d")
 SETTINGS = load_settings()
+METRICS = Path("metrics/seed_42")
 
 
 @pytest.fixture
 def results(tmp_path):
     """A results folder, as a run has it after a round."""
-    (tmp_path / "metrics").mkdir()
-    (tmp_path / "metrics" / "a.csv").write_bytes(b"round\n1\n")
-    (tmp_path / "b.csv").write_bytes(b"x\n")
-    (tmp_path / "clusters_g1.json").write_bytes(b"[0]")
-    (tmp_path / "cluster_history.json").write_bytes(b"[[0]]")
+    metrics, clusters = tmp_path / "metrics" / "seed_42", tmp_path / "clusters"
+    metrics.mkdir(parents=True)
+    clusters.mkdir()
+    (metrics / "a.csv").write_bytes(b"round\n1\n")
+    (tmp_path / "timeline.csv").write_bytes(b"x\n")
+    (clusters / "clusters_g1.json").write_bytes(b"[0]")
+    (metrics / "cluster_history.json").write_bytes(b"[[0]]")
     run = {"settings": SETTINGS.model_dump(mode="json", by_alias=True), "classes": ["a", "b"]}
     (tmp_path / "run.json").write_text(json.dumps(run))
     return tmp_path
@@ -190,29 +195,35 @@ def checkpoints(folder, settings=SETTINGS, data=DATA):
 def test_files_are_cut_back_to_what_they_were(results):
     first = checkpoints(results)
     first.save({"round": 1}, ended=False)
-    files = [results / "metrics" / "a.csv", results / "b.csv", results / "clusters_g1.json"]
+    files = [
+        results / METRICS / "a.csv",
+        results / "timeline.csv",
+        results / "clusters" / "clusters_g1.json",
+    ]
     before = {file: file.read_bytes() for file in files}
     for file in files[:2]:
         with file.open("a") as stream:
             stream.write("2\n")
-    (results / "metrics" / "new.csv").write_text("round\n")
-    (results / "clusters_g2.json").write_text("[0]")
-    (results / "cluster_history.json").write_text("[1]")
+    (results / METRICS / "new.csv").write_text("round\n")
+    (results / "clusters" / "clusters_g2.json").write_text("[0]")
+    (results / METRICS / "cluster_history.json").write_text("[1]")
+    (results / "my own.csv").write_text("of no concern")
     after = checkpoints(results)
     tree = after.restore()
     assert tree["round"] == 1
     assert files[1].read_bytes() == b"x\n2\n"  # nothing is changed yet
     after.cut_back(tree)
     assert {file: file.read_bytes() for file in files} == before
-    assert not (results / "metrics" / "new.csv").exists()
-    assert not (results / "clusters_g2.json").exists()
-    assert (results / "cluster_history.json").read_text() == "[1]"
+    assert not (results / METRICS / "new.csv").exists()
+    assert not (results / "clusters" / "clusters_g2.json").exists()
+    assert (results / METRICS / "cluster_history.json").read_text() == "[1]"
+    assert (results / "my own.csv").exists()
 
 
 def test_only_what_was_added_is_read_for_a_checkpoint(results, monkeypatch):
     both = checkpoints(results)
     both.save({}, ended=False)
-    table = results / "metrics" / "a.csv"
+    table = results / METRICS / "a.csv"
     summed = []
     monkeypatch.setattr(zlib, "crc32", lambda data, *a, real=zlib.crc32: (
         summed.append(data), real(data, *a)
@@ -223,7 +234,7 @@ def test_only_what_was_added_is_read_for_a_checkpoint(results, monkeypatch):
         both.save({}, ended=False)
     assert summed == [b"2\n", b"3\n"]
     monkeypatch.undo()
-    assert checkpoints(results).restore()["files"]["metrics/a.csv"] == (
+    assert checkpoints(results).restore()["files"]["metrics/seed_42/a.csv"] == (
         12,
         zlib.crc32(b"round\n1\n2\n3\n"),
     )
@@ -233,17 +244,17 @@ def test_a_file_that_is_written_anew_is_read_anew(results):
     both = checkpoints(results)
     both.save({}, ended=False)
     for text in ("round\n9\n", "r\n", ""):
-        (results / "metrics" / "a.csv").write_text(text)
-        os.utime(results / "metrics" / "a.csv", ns=(1, len(text)))
+        (results / METRICS / "a.csv").write_text(text)
+        os.utime(results / METRICS / "a.csv", ns=(1, len(text)))
         both.save({}, ended=False)
-        assert checkpoints(results).restore()["files"]["metrics/a.csv"][0] == len(text)
+        assert checkpoints(results).restore()["files"]["metrics/seed_42/a.csv"][0] == len(text)
 
 
 def test_what_replaces_itself_is_known_at_the_end(results):
     both = checkpoints(results)
     both.save({}, ended=True)
     assert both.restore()["ended"]
-    (results / "cluster_history.json").write_bytes(b"[[1]]")
+    (results / METRICS / "cluster_history.json").write_bytes(b"[[1]]")
     with pytest.raises(CheckpointError, match=r"cluster_history\.json: is not what the run has"):
         both.restore()
 
@@ -251,10 +262,10 @@ def test_what_replaces_itself_is_known_at_the_end(results):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "metrics/a.csv").unlink(), r"metrics/a\.csv: No such file"),
-        (lambda f: (f / "metrics/a.csv").write_bytes(b"rou"), r"a\.csv: has 3 bytes, and .* 8;"),
-        (lambda f: (f / "metrics/a.csv").write_bytes(b"round\n2\n"), r"a\.csv: is not what"),
-        (lambda f: (f / "clusters_g1.json").unlink(), r"clusters_g1\.json: No such file"),
+        (lambda f: (f / "metrics/seed_42/a.csv").unlink(), r"metrics/seed_42/a\.csv: No such file"),
+        (lambda f: (f / "metrics/seed_42/a.csv").write_bytes(b"rou"), r"a\.csv: has 3 bytes, and .* 8;"),
+        (lambda f: (f / "metrics/seed_42/a.csv").write_bytes(b"round\n2\n"), r"a\.csv: is not what"),
+        (lambda f: (f / "clusters/clusters_g1.json").unlink(), r"clusters_g1\.json: No such file"),
         (lambda f: (f / "run.json").unlink(), r"run\.json: cannot be read: .*No such file"),
         (lambda f: (f / "run.json").write_text("{"), r"run\.json: cannot be read: "),
         (lambda f: (f / "run.json").write_text("[" * 10**5), r"run\.json: cannot be read: "),
@@ -279,11 +290,37 @@ def test_what_replaces_itself_is_known_at_the_end(results):
 def test_what_is_not_as_the_run_left_it_is_named_and_nothing_is_cut(results, damage, message):
     checkpoints(results).save({}, ended=False)
     damage(results)
-    (results / "new.csv").touch()
+    (results / METRICS / "new.csv").touch()
     with pytest.raises(CheckpointError, match=message) as caught:
         checkpoints(results).restore()
     assert "\n" not in str(caught.value)
-    assert (results / "new.csv").exists()
+    assert (results / METRICS / "new.csv").exists()
+
+
+def leaves_of(table, path=()):
+    """Yield the path of each value of nested tables."""
+    for key, value in table.items():
+        if isinstance(value, dict) and value:
+            yield from leaves_of(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def test_every_setting_that_is_changed_is_named(results):
+    """One digit, one letter, another type, or none: whatever the setting."""
+    checkpoints(results).save({}, ended=False)
+    tree = load(results / checkpoint.NAME, arrays=False)
+    whole = (results / "run.json").read_text()
+    leaves = [leaf for leaf in leaves_of(tree["began"]["settings"]) if leaf[0][-1] not in PATHS]
+    assert len(leaves) > 100
+    for path, value in leaves:
+        for other in (f"{value}1", 987_654, not value, None, [value], {"a": value}):
+            if other == value and type(other) is type(value):
+                continue
+            edit(results, ".".join(("settings", *path)), other)
+            with pytest.raises(CheckpointError, match=re.escape(f"began with {'.'.join(path)}")):
+                settings_to_go_on_with(results, tree)
+            (results / "run.json").write_text(whole)
 
 
 def edit(folder, path, value):
