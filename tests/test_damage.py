@@ -19,7 +19,7 @@ from rich.console import Console
 
 from fedge_sim import checkpoint, compare, device_run, orchestrator
 from fedge_sim.config import load_settings
-from fedge_sim.errors import FedgeError
+from fedge_sim.errors import FedgeError, StateError
 from fedge_sim.orchestrator import resume, run
 from fedge_sim.reporting import callbacks_of
 from fedge_sim.reporting.base import Callback
@@ -231,6 +231,26 @@ def test_a_table_that_grew_since_is_cut_back(halfway, tmp_path):
             stream.write("7,half a row")
     assert go_on(folder) == ""
     assert content(folder) == content(whole)
+
+
+class Flip(Callback):
+    """Changes a bit of each state, of both slots, after a round; as a bad disk does."""
+
+    def on_run_start(self, info):
+        self.file = info.folder / "state" / "clients.bin"
+
+    def on_round_end(self, record):
+        states = np.fromfile(self.file, np.uint8).reshape(6, -1)
+        states[:, 5] ^= 64
+        states.tofile(self.file)
+
+
+def test_a_state_that_is_damaged_while_the_run_goes_on_ends_it(tmp_path):
+    settings = load_settings(assignments=[*COMMON, *ROUNDS, f"app.config.output-dir={tmp_path}"])
+    with pytest.raises(StateError, match=r"clients\.bin: the state of client \d .*; go on from"):
+        run(settings, [*callbacks(settings), Flip()])
+    [folder] = tmp_path.iterdir()
+    assert re.search(r"clients\.bin: the state of client 0 is not what was written", go_on(folder))
 
 
 # ------------------------------------------------------------------ a comparison

@@ -74,7 +74,12 @@ class StateFile:
         slot = int(self._rounds[client].argmax())
         if not self._rounds[client, slot]:
             return None
-        data, at = self._get(client, slot), 0
+        try:
+            data, at = self._get(client, slot), 0
+        except StateError as error:
+            raise StateError(
+                f"{error}; go on from the checkpoint (--resume), or start a new run"
+            ) from None
         arrays: dict[str, NDArray[Any]] = {}
         for name, dtype, shape in self._layout or ():
             end = at + _num_bytes(dtype, shape)
