@@ -1,6 +1,7 @@
 """The grid of this process: order, failures, time."""
 
 import logging
+import signal
 import threading
 import time
 
@@ -18,6 +19,7 @@ from fedge_sim.training.choice import Choice
 from tests import unruly
 from tests.conftest import run
 from tests.test_drawn_data import DEVICES, first_model, held_out_test, job
+from tests.test_ray_command import Command
 
 
 def questions(number):
@@ -309,6 +311,17 @@ def test_a_client_that_would_end_the_run_is_left_out_by_name(small, cohort_run, 
         assert [c.client for c in last.clients if not c.bytes_up] == [4]
     name = {"exit": "SystemExit: 0", "interrupt": "KeyboardInterrupt"}[what]
     assert caplog.text.count(f"client 4 of leaf server 1 left out: {name}") == 4
+
+
+def test_ctrl_c_ends_the_run(tmp_path):
+    run = Command(tmp_path, "runtime.backend='inprocess'", "hierarchy.global_rounds=100000")
+    try:
+        run.wait_for("round 2/100000")
+        run.process.send_signal(signal.SIGINT)
+        assert run.end() == 130
+    finally:
+        run.process.kill()
+        run.process.stdout.close()
 
 
 def test_a_client_that_fails_in_a_cohort_once_is_not_left_out(small, cohort_run, caplog):

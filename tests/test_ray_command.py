@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,11 +22,11 @@ SETS = [argument for override in SMALL for argument in ("--set", override)]
 class Command:
     """A run of the command line in a session of its own, its output read line by line."""
 
-    def __init__(self, output, *sets: str) -> None:
+    def __init__(self, output, *sets: str, **environment: str) -> None:
         arguments = [part for pair in sets for part in ("--set", pair)]
         self.process = subprocess.Popen(
             command_line("--output-dir", str(output), *SETS, *arguments),
-            env=clean_environment(),
+            env=clean_environment(**environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -53,8 +54,8 @@ class Command:
 def command(tmp_path):
     started = []
 
-    def start(*sets: str) -> Command:
-        started.append(Command(tmp_path / "results", *sets))
+    def start(*sets: str, **environment: str) -> Command:
+        started.append(Command(tmp_path / "results", *sets, **environment))
         return started[-1]
 
     yield start
@@ -132,6 +133,54 @@ def test_the_dashboard_and_its_metrics(command):
     assert all(value > 2**24 for value in values["actor_memory_bytes"].values())
     run.process.send_signal(signal.SIGINT)
     assert run.end() == 130
+
+
+@pytest.mark.parametrize("dashboard", [False, True])
+def test_a_local_run_listens_on_this_machine_alone(command, dashboard):
+    shown = f"runtime.dashboard={str(dashboard).lower()}"
+    run = command("runtime.backend='ray'", shown, "hierarchy.global_rounds=100000")
+    if dashboard:
+        read(run.wait_for(r"metrics for Prometheus: (http://127\.0\.0\.1:\d+\S+)"))
+    run.wait_for("round 2/100000")
+    listening = {}
+    for process in [psutil.Process(run.process.pid), *run.children()]:
+        with suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections("inet")
+            there = [s.laddr.ip for s in sockets if s.status == psutil.CONN_LISTEN]
+            found = {address.removeprefix("::ffff:") for address in there}  # IPv4, as IPv6
+            listening.setdefault(process.name(), set()).update(found)
+    assert {"gcs_server", "raylet"} <= listening.keys()
+    assert any(name.startswith("ray::") for name in listening)
+    assert listening["gcs_server"] == listening["raylet"] == {"127.0.0.1"}
+    assert set().union(*listening.values()) == {"127.0.0.1"}, listening
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == 130
+
+
+def test_a_dashboard_that_does_not_start_in_time_is_done_without(command):
+    run = command(
+        "runtime.dashboard=true", "hierarchy.global_rounds=1", RAY_DASHBOARD_STARTUP_TIMEOUT_S="0"
+    )
+    assert run.end() == 0
+    assert "Ray's dashboard did not start, and the run goes on without it" in run.seen
+    assert "round 1/1" in run.seen
+
+
+def test_a_tmpdir_that_is_too_long_ends_with_the_way_out(command, tmp_path):
+    folder = tmp_path / ("scratch-of-a-job-" * 6)
+    folder.mkdir()
+    run = command("runtime.backend='ray'", TMPDIR=str(folder))
+    assert run.end() == 1
+    *_, line = run.seen.splitlines()
+    assert line.startswith("error: Ray cannot be started: ")
+    assert line.endswith(
+        "set the environment variable RAY_TMPDIR to a folder with a short name, for example RAY_TMPDIR=/tmp"
+    )
+    assert "Traceback" not in run.seen
+    run = command(
+        "runtime.backend='ray'", "hierarchy.global_rounds=1", TMPDIR=str(folder), RAY_TMPDIR="/tmp"
+    )
+    assert run.end() == 0
 
 
 def read(url: str) -> str:

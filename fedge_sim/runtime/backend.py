@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,6 +17,9 @@ from fedge_sim.runtime.node import LocalGrid, OnDone
 
 log = logging.getLogger(__name__)
 
+# What Ray goes by when it is imported: 0, and all its processes listen on 127.0.0.1 alone, whatever
+# the system; else on all addresses, and whoever reaches one can run what he likes.
+RAY_IS_LOCAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
 CLIENT_APP = "fedge_sim.client_app:app"
 # Threads of one process share an interpreter: up to so many train as fast as actors do.
 THREADS_THAT_SCALE = 2
@@ -89,6 +93,8 @@ def open_grid(
                 log.warning("%s (runtime.compile, runtime.backend)", COMPILED_WAIT)
     log.info("backend %s: %s", backend, reason)
     if backend == "ray":
+        if not runtime.ray_address:
+            os.environ.setdefault(*RAY_IS_LOCAL)
         from fedge_sim.runtime.ray_grid import RayGrid  # Ray is slow to import
 
         with RayGrid(CLIENT_APP, settings, on_done, on_workers) as grid:

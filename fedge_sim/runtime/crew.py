@@ -32,6 +32,14 @@ CONTROL_SECONDS = 5.0  # for an actor to say what it does
 START_FAILURES = 3  # of one actor in a row, after which it is given up
 PROBED_COHORT = 4  # clients of the cohort whose memory is measured: a larger one follows from it
 MIB = 2**20
+TOO_LONG = (
+    "; TMPDIR is too long for Ray's sockets: set the environment variable RAY_TMPDIR to a folder "
+    "with a short name, for example RAY_TMPDIR=/tmp"
+)
+NO_DASHBOARD = (
+    "Ray's dashboard did not start, and the run goes on without it; if the machine is busy, give "
+    "it more than 60 s: the environment variable RAY_DASHBOARD_STARTUP_TIMEOUT_S"
+)
 
 
 @dataclass(eq=False)
@@ -418,7 +426,8 @@ def _start_ray(settings: Settings) -> None:
         where = {
             "address": "local",
             "num_cpus": available_cores(),
-            "include_dashboard": runtime.dashboard,
+            # None: with one, and it is no error if it does not start.
+            "include_dashboard": None if runtime.dashboard else False,
         }
         where["dashboard_host"] = "127.0.0.1"
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -428,13 +437,17 @@ def _start_ray(settings: Settings) -> None:
             context = ray.init(**where, logging_level=logging.WARNING)
     except Exception as error:  # Ray raises all kinds
         if not runtime.ray_address:
-            raise WorkerError(f"Ray cannot be started: {_last_line(error)}") from error
+            hint = TOO_LONG if "AF_UNIX path length" in str(error) else ""
+            raise WorkerError(f"Ray cannot be started: {_last_line(error)}{hint}") from error
         problem = f"no Ray cluster answers there ({_last_line(error)})"
         raise ConfigError.at("runtime", "ray_address", runtime.ray_address, problem) from None
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # which Ray took for itself
     if runtime.dashboard:
-        log.info("Ray dashboard: http://%s", context.dashboard_url)
+        if context.dashboard_url:
+            log.info("Ray dashboard: http://%s", context.dashboard_url)
+        else:
+            log.warning("%s", NO_DASHBOARD)
         for node in ray.nodes():
             address, port = node["NodeManagerAddress"], node["MetricsExportPort"]
             log.info("metrics for Prometheus: http://%s:%d/metrics", address, port)
