@@ -249,6 +249,7 @@ class DeviceRun:
 
     def _handle(self, event: Event) -> None:
         """Do what an event says."""
+        self._roster.look_for_new_nodes(self.grid)
         match event:
             case Dispatched():
                 server = self._servers[event.jobs[0].server]

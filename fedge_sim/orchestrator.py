@@ -111,6 +111,7 @@ class Orchestrator:
         """
         h = self.settings.hierarchy
         roster = call_roster(self.grid, h.num_clients, self.settings.runtime.node_timeout_s)
+        self._roster = roster
         asked = self.settings.app
         if self._resumed is None:
             data = survey(self.grid, roster, self.settings)
@@ -287,6 +288,7 @@ class Orchestrator:
         self, leaves: Sequence[LeafServer], flat_round: int, lr: float, prox_mu: float
     ) -> None:
         """Do one server round at all leaves: one barrier, so that no core waits for a leaf."""
+        self._roster.look_for_new_nodes(self.grid)
         config = records.train_config(self.settings, lr, prox_mu)
         messages = [
             message
@@ -305,6 +307,7 @@ class Orchestrator:
         With one cluster the last two are the same model, which is evaluated once. Where clients
         have a personal model beside it (pFedMe), that is evaluated, too.
         """
+        self._roster.look_for_new_nodes(self.grid)
         cloud_models = [records.to_record(model) for model in state.cluster_models]
         one_cluster = len(cloud_models) == 1
         plans = [(records.LEAF, ["test"]), (records.CLOUD, ["test", "train"])]

@@ -10,6 +10,7 @@ from rich.console import Console
 from fedge_sim.config import environment_seed, load_settings
 from fedge_sim.orchestrator import conduct
 from fedge_sim.reporting import callbacks_of, start_logging
+from fedge_sim.runtime.flower_grid import FlowerGrid
 from fedge_sim.unread import told, unread
 
 log = logging.getLogger(__name__)
@@ -32,4 +33,4 @@ def main(grid: Grid, context: Context) -> None:
     settings = load_settings(app_config=context.run_config)
     if without_effect := told(unread(settings, under_flower=True)):
         log.warning(without_effect)
-    conduct(settings, grid, callbacks_of(settings, console))
+    conduct(settings, FlowerGrid(grid, settings.runtime), callbacks_of(settings, console))

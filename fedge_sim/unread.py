@@ -152,7 +152,7 @@ READ_WHERE = (
 NOT_UNDER_FLOWER = Read(
     "runtime",
     "backend num_workers num_cpus_per_actor cohort_size memory_share memory_cleanup memory_pool "
-    "streams ray_address dashboard progress_timeout_s max_retries",
+    "streams ray_address dashboard max_retries",
     *("", ("python -m fedge_sim.orchestrator",)),
 )
 

@@ -18,7 +18,12 @@ import pytest
 import tomli
 from safetensors.numpy import load_file
 
+from fedge_sim.orchestrator import Orchestrator
+from fedge_sim.reporting.weights import WeightWriter
+from fedge_sim.runtime.in_process import InProcessGrid
+from tests import unruly
 from tests.conftest import OVER_SEVERAL_LINES, ROOT, SMALL, run
+from tests.test_replies import ONE_LEAF
 
 TIME_COLUMNS = {"total_comp_time_sec", "comp_time_sec", "round_time_sec"}
 
@@ -65,6 +70,7 @@ class Flower:
             *("run", str(app), "--stream"),
             *(("--federation-config", federation) if nodes else ()),
             *("-c", f'output-dir="{output}" overrides="{overrides}"'),
+            cwd=app,
         )
         newest = json.loads(self("list", "--format", "json"))["runs"][0]
         # What is streamed may end before the log does.
@@ -220,3 +226,78 @@ def test_a_wrong_setting_fails_the_run_and_names_itself(flower, tmp_path):
     assert status == "finished:failed"
     assert "[hierarchy] global_round = 5: unknown key; did you mean 'global_rounds'?" in log
     assert not (tmp_path / "out").exists()
+
+
+UNRULY_APP = """
+[project]
+name = "unruly"
+version = "1.0.0"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "tests"
+
+[tool.flwr.app.components]
+serverapp = "server:app"
+clientapp = "client:app"
+
+[tool.flwr.app.config]
+output-dir = ""
+overrides = ""
+"""
+UNRULY_CLIENT = """
+import sys
+
+sys.path.insert(0, {root!r})
+from flwr.clientapp import ClientApp
+from tests import unruly
+
+
+class Unruly(ClientApp):
+    def __call__(self, message, context):
+        return unruly.app(message, context)
+
+
+app = Unruly()
+"""
+
+
+def test_clients_that_misbehave_are_left_out_by_name(flower, small, tmp_path):
+    """Replies of the wrong form, one that comes too late, and an error, in Flower's simulation.
+
+    A client that never ended would keep Flower from ending the simulation.
+    """
+    app = tmp_path / "app"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(UNRULY_APP)
+    (app / "server.py").write_text("from fedge_sim import server_app\n\napp = server_app.app\n")
+    (app / "client.py").write_text(UNRULY_CLIENT.format(root=str(ROOT)))
+    trained = ["raise", "float64", "a shape that broadcasts", "no metrics", "negative examples"]
+    rules = {f"c{n}": (name, 99) for n, name in enumerate([*trained, "take 100 s"], start=1)}
+    rules |= {"e7": ("an accuracy above 1", 99)}
+    output = small(f"app.config.output-dir={tmp_path / 'out'}")
+    unruly.rule(output, **rules)
+    one_round = (*SMALL, *ONE_LEAF, "runtime.client_timeout_s=45.0")
+    status, log = flower.run(" ".join(one_round), tmp_path / "out", 9, app)
+    assert status == "finished:completed", log
+    said = " ".join(log.split())
+    for client, words in {
+        1: "",
+        2: "the array ",
+        3: "the array ",
+        4: "its reply has no metrics",
+        5: "'num-examples' in its reply is -3",
+        6: "no reply within 45 s (client_timeout_s)",
+        7: "'accuracy' in its reply is 1.5",
+    }.items():
+        assert f"client {client} of leaf server 0 left out: {words}" in said, said
+    (theirs,) = (folder for folder in (tmp_path / "out").iterdir() if folder.is_dir())
+    rows = table(theirs / "metrics/seed_42/clients.csv")
+    sent = [int(row["client"]) for row in rows if float(row["bytes_up"])]
+    assert sent == [0, 7, 8]
+    unruly.rule(small(*ONE_LEAF), **{f"c{n}": ("raise", 99) for n in range(1, 7)})
+    with InProcessGrid(unruly.app, 2, small(*ONE_LEAF).runtime) as grid:
+        ours = Orchestrator(small(*ONE_LEAF), grid, [WeightWriter()]).run().folder
+    for file in (ours / "models").glob("*.safetensors"):
+        a, b = load_file(file), load_file(theirs / "models" / file.name)
+        assert max(np.abs(a[key] - b[key]).max() for key in a) <= 1e-6

@@ -1,3 +1,5 @@
+import threading
+
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -6,6 +8,7 @@ from fedge_sim import records
 from fedge_sim.client_app import app as client_app
 from fedge_sim.data import federated_data
 from fedge_sim.errors import RosterError
+from fedge_sim.runtime import roster as roster_module
 from fedge_sim.runtime.in_process import InProcessGrid
 from fedge_sim.runtime.roster import MOST_NAMED, assign, call_roster, survey
 
@@ -135,3 +138,73 @@ def test_survey_sums_up_what_nodes_hold(small):
             np.testing.assert_array_equal(summary.scales[client].mean, held.scales[client].mean)
             np.testing.assert_array_equal(summary.scales[client].std, held.scales[client].std)
     assert len(data.num_train) == len(data.num_test) == 9
+
+
+class Coming(InProcessGrid):
+    """Nodes that come and go: by id, what each serves."""
+
+    def __init__(self, **nodes):
+        super().__init__(self.serve, 1)
+        self.nodes = {10: {"client-ids": "0 1"}, 11: {"client-ids": "2"}, 12: {}, 13: {}}
+
+    def get_node_ids(self):
+        return list(self.nodes)
+
+    def serve(self, message: Message, context: Context) -> Message:
+        config = self.nodes[message.metadata.dst_node_id]
+        return client_app(message, Context(1, 2, config, RecordDict(), {}))
+
+
+@pytest.fixture
+def looked(monkeypatch):
+    """Return a function that looks for new nodes until all have answered."""
+    monkeypatch.setattr(roster_module, "LOOK_SECONDS", 0.0)
+
+    def look(roster, grid):
+        roster.look_for_new_nodes(grid)
+        while roster._asked:
+            roster.look_for_new_nodes(grid)
+
+    return look
+
+
+def test_a_node_that_comes_back_takes_its_clients_over(looked):
+    with Coming() as grid:
+        roster = call_roster(grid, 6, timeout_s=10)
+        assert roster == {0: 10, 1: 10, 2: 11, 3: 13, 4: 12, 5: 13}
+        looked(roster, grid)
+        assert roster == {0: 10, 1: 10, 2: 11, 3: 13, 4: 12, 5: 13}
+        del grid.nodes[11], grid.nodes[13]
+        looked(roster, grid)
+        assert roster == {0: 10, 1: 10, 2: 11, 3: 13, 4: 12, 5: 13}  # nobody else serves those
+        grid.nodes |= {5: {"client-ids": "2"}, 6: {}, 7: {}, 8: {"client-ids": "x"}}
+        looked(roster, grid)
+        assert roster == {0: 10, 1: 10, 2: 5, 3: 6, 4: 12, 5: 6}
+        grid.nodes[14] = {"client-ids": "1 9"}  # while its forerunner is still taken to be alive
+        looked(roster, grid)
+        assert roster == {0: 10, 1: 14, 2: 5, 3: 6, 4: 12, 5: 6}
+        del grid.nodes[12]
+        looked(roster, grid)
+        assert roster[4] == 7  # which had come before
+
+
+def test_nobody_waits_for_what_a_new_node_says(monkeypatch):
+    monkeypatch.setattr(roster_module, "LOOK_SECONDS", 0.0)
+    gate = threading.Event()
+
+    class Slow(Coming):
+        def serve(self, message, context):
+            if message.metadata.dst_node_id == 20:
+                gate.wait(60)
+            return super().serve(message, context)
+
+    with Slow() as grid:
+        roster = call_roster(grid, 4, timeout_s=10)
+        grid.nodes[20] = {"client-ids": "0"}
+        roster.look_for_new_nodes(grid)
+        roster.look_for_new_nodes(grid)
+        assert roster[0] == 10
+        gate.set()
+        while roster._asked:
+            roster.look_for_new_nodes(grid)
+        assert roster[0] == 20

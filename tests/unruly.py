@@ -91,6 +91,8 @@ def misbehave(what: str, client: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if what == "sleep":
         sleep_for_ever()
+    if what == "take 100 s":
+        time.sleep(100)
     if what == "hold the interpreter":
         ctypes.PyDLL(None).sleep(1000)
     if what == "gpu memory":

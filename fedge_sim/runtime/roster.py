@@ -2,13 +2,14 @@
 
 A client is not a node. The topology names clients 0..N-1; nodes say which of them they
 serve. A node of a simulation serves any, and clients are dealt out to those in turn, always
-the same client to the same node.
+the same client to the same node. A SuperNode that is started anew is another node, and takes the
+clients over that it names.
 """
 
 import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,11 @@ from fedge_sim.training.choice import Choice
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 1.0  # between two looks for new nodes
 MOST_NAMED = 20  # clients in an error message
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Roster(Mapping[int, int]):
     """The node of every client that can be served, worked out when it is asked for.
 
@@ -38,17 +40,21 @@ class Roster(Mapping[int, int]):
 
     Attributes
     ----------
-    named : mapping of int to int
+    named : dict of int to int
         The node of each client of the topology that is named by one.
-    anywhere : sequence of int
+    anywhere : list of int
         The nodes that serve any client.
     num_clients : int
         Of the topology.
     """
 
-    named: Mapping[int, int]
-    anywhere: Sequence[int]
+    named: dict[int, int]
+    anywhere: list[int]
     num_clients: int
+    _known: set[int] = field(default_factory=set)  # nodes that have been asked
+    _asked: dict[str, int] = field(default_factory=dict)  # nodes still to answer, by message id
+    _spare: list[int] = field(default_factory=list)  # new ones that serve any client
+    _looked_at: float = field(default_factory=time.monotonic)
 
     def __getitem__(self, client: int) -> int:
         if client in self.named:
@@ -79,6 +85,38 @@ class Roster(Mapping[int, int]):
         }
         return sorted(some | {*self.named.values()})
 
+    def look_for_new_nodes(self, grid: Grid) -> None:
+        """Ask new nodes which clients they serve, and take in those that have answered by now.
+
+        Nobody waits for an answer. The newest node that names a client gets it: the one before may
+        be dead, and the SuperLink not know it yet. One that serves any client takes the place of
+        such a node that is gone.
+        """
+        if time.monotonic() - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = time.monotonic()
+        present = set(grid.get_node_ids())
+        if new := sorted(present - self._known):
+            self._known.update(new)
+            ids = grid.push_messages([_question(node) for node in new])
+            self._asked.update(zip(ids, new, strict=True))
+        for reply in grid.pull_messages(list(self._asked)) if self._asked else ():
+            node = self._asked.pop(reply.metadata.reply_to_message_id)
+            if answer := _answer(node, reply):
+                self._take(node, answer)
+        for place, node in enumerate(self.anywhere):
+            if node not in present and self._spare:
+                self.anywhere[place] = self._spare.pop(0)
+                log.info("node %d takes the place of node %d", self.anywhere[place], node)
+
+    def _take(self, node: int, answer: Mapping[str, Any]) -> None:
+        if answer[records.SERVES_ANY]:
+            self._spare.append(node)
+        for client in answer[records.CLIENT_IDS]:
+            if client in range(self.num_clients):
+                log.info("client %d is served by node %d from now on", client, node)
+                self.named[client] = node
+
 
 def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> Roster:
     """Ask the nodes which clients they serve until every client has one.
@@ -106,18 +144,16 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> Roster:
     while True:
         new = [node for node in grid.get_node_ids() if node not in answers and node not in failed]
         for message in grid.send_and_receive(
-            [records.instruction(node, records.ASK_CLIENTS, ConfigRecord()) for node in new],
-            timeout=max(1.0, deadline - time.monotonic()),
+            list(map(_question, new)), timeout=max(1.0, deadline - time.monotonic())
         ):
             node = message.metadata.src_node_id
-            if message.has_content():
-                answers[node] = records.config_of(message)
+            if answer := _answer(node, message):
+                answers[node] = answer
             else:
                 failed.add(node)
-                reason = message.error.reason
-                log.warning("node %d cannot say which clients it serves: %s", node, reason)
         expected = max((a[records.NUM_NODES] for a in answers.values()), default=1)
         roster = assign(answers, num_clients)
+        roster._known |= answers.keys() | failed
         missing = num_clients - len(roster)
         if not missing and len(answers) >= expected:
             log.info("%d clients, nodes that serve them: %d", num_clients, len(roster.nodes))
@@ -135,6 +171,19 @@ def call_roster(grid: Grid, num_clients: int, timeout_s: float) -> Roster:
         )
     log.warning("%d of %d nodes answered within %g s", len(answers), expected, timeout_s)
     return roster
+
+
+def _question(node: int) -> Message:
+    return records.instruction(node, records.ASK_CLIENTS, ConfigRecord())
+
+
+def _answer(node: int, reply: Message) -> dict[str, Any] | None:
+    """Return which clients a node serves; None, and a warning, if it cannot say."""
+    if reply.has_content():
+        return records.config_of(reply)
+    reason = reply.error.reason
+    log.warning("node %d cannot say which clients it serves: %s", node, reason)
+    return None
 
 
 def assign(answers: Mapping[int, Mapping[str, Any]], num_clients: int) -> Roster:

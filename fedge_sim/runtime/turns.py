@@ -25,11 +25,9 @@ def send_in_turn(grid: Grid, messages: Iterable[Message]) -> list[Message]:
     free = list(waiting)
     while free or under_way:
         for node in free:
-            sent = False
-            while waiting[node] and not sent:  # one that Flower refuses is left out
-                ids = list(grid.push_messages([waiting[node].popleft()]))
-                sent = bool(ids and ids[0])
-                under_way.update(dict.fromkeys(ids, node) if sent else {})
+            if waiting[node]:
+                [message_id] = grid.push_messages([waiting[node].popleft()])
+                under_way[message_id] = node
         if not under_way:
             break
         new = list(grid.pull_messages(list(under_way)))
