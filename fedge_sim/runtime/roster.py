@@ -283,7 +283,9 @@ def survey_again(
     data = survey(grid, roster, settings)
     began = checkpoint.load(folder / checkpoint.NAME, arrays=False)["began"]
     file = folder / "partition.json"
-    if checkpoint.digest_of_clients(data.clients) == began["clients"] or not file.exists():
+    if data.content != began["data"] or not file.exists():  # is refused, by its own name
+        return settings, data
+    if checkpoint.digest_of_clients(data.clients) == began["clients"]:
         return settings, data
     log.info("clients keep the examples that they began with: %s", file)
     settings = settings.with_data(partition="file", partition_file=str(file.resolve()))
