@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedge_sim.config import Settings, settings_from_json
-from fedge_sim.data.base import ClientData, DataSummary
+from fedge_sim.data.base import ClientData
 from fedge_sim.errors import CheckpointError, ConfigError
 
 Tree: TypeAlias = (
@@ -93,7 +93,7 @@ def load(file: Path, arrays: bool = True) -> Any:
                 raise ValueError("its content is not what was written")
             match json.loads(text):
                 case [int(number), packed] if number == FORMAT:
-                    return _unpack(packed, found)
+                    return unpack(packed, found)
         raise CheckpointError(
             f"{file}: another version of fedge-sim wrote this checkpoint: go on with that version, "
             'or start a new run (partition = "file" with its partition.json for the same clients)'
@@ -137,15 +137,19 @@ class Checkpoints:
     folder : Path
         The run's results folder.
     settings : Settings
-    data : DataSummary
+    content : str
+        The dataset's hash.
+    clients : sequence of ClientData
     """
 
-    def __init__(self, folder: Path, settings: Settings, data: DataSummary) -> None:
+    def __init__(
+        self, folder: Path, settings: Settings, content: str, clients: Sequence[ClientData]
+    ) -> None:
         self._folder = folder
         self._began: dict[str, Any] = {
             "settings": settings.model_dump(mode="json", by_alias=True),
-            "data": data.content,
-            "clients": digest_of_clients(data.clients),
+            "data": content,
+            "clients": digest_of_clients(clients),
         }
         self._sums: dict[str, _Sum] = {}
 
@@ -360,17 +364,18 @@ def _pack(tree: Tree, arrays: dict[str, NDArray[Any]], names: dict[int, str]) ->
     raise TypeError(f"{tree!r} ({type(tree).__name__}) can be no part of a state")
 
 
-def _unpack(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Tree:
+def unpack(value: Any, arrays: Mapping[str, NDArray[Any]]) -> Tree:
+    """Return the tree that JSON values stand for; an array that is not given is None."""
     if isinstance(value, list):
-        return [_unpack(part, arrays) for part in value]
+        return [unpack(part, arrays) for part in value]
     if not isinstance(value, dict):
         return value  # type: ignore[no-any-return]
     [(kind, content)] = value.items()
     if kind == _ARRAY:
         return arrays.get(content)
     if kind == _TUPLE:
-        return tuple(_unpack(part, arrays) for part in content)
-    return {key: _unpack(part, arrays) for key, part in content.items()}
+        return tuple(unpack(part, arrays) for part in content)
+    return {key: unpack(part, arrays) for key, part in content.items()}
 
 
 def _digest(data: bytes) -> str:
@@ -379,8 +384,13 @@ def _digest(data: bytes) -> str:
 
 def _digest_of(arrays: Mapping[str, NDArray[Any]]) -> str:
     digest = hashlib.sha256()
+    add_arrays(digest, arrays)
+    return digest.hexdigest()
+
+
+def add_arrays(digest: "hashlib._Hash", arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Add names, types, shapes and values of arrays to a digest."""
     for name in sorted(arrays):
         array = arrays[name]
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

@@ -181,7 +181,7 @@ class DeviceRun:
         folder = new_results_folder(settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
             settings = settings.model_copy(update={"app": asked})
-            self._checkpoints = Checkpoints(folder, settings, data)
+            self._checkpoints = Checkpoints(folder, settings, data.content, data.clients)
             if self._resumed is not None:
                 self._restore(events)
             done = tuple(self._accuracies)

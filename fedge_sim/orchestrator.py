@@ -30,6 +30,7 @@ from fedge_sim.cloud import CloudState
 from fedge_sim.config import Settings, environment_seed, load_settings
 from fedge_sim.data.base import DataSummary
 from fedge_sim.device_run import DeviceRun, steps_of_a_client
+from fedge_sim.earlier import upgrade
 from fedge_sim.errors import CheckpointError, ConfigError, FedgeError, StalledError
 from fedge_sim.leaf import ClientWork, Gate, LeafServer
 from fedge_sim.leaf_strategy import LeafRule
@@ -125,7 +126,7 @@ class Orchestrator:
         folder = new_results_folder(self.settings) if self._resumed is None else self._resumed
         with checkpoint.at_work(folder):
             settings = self.settings.model_copy(update={"app": asked})
-            self._checkpoints = Checkpoints(folder, settings, data)
+            self._checkpoints = Checkpoints(folder, settings, data.content, data.clients)
             if self._resumed is None:
                 self._keep_client_state(folder, None)
             else:
@@ -492,6 +493,8 @@ def resume(folder: Path, callbacks: Callable[[Settings], Sequence[Callback]]) ->
             f"{checkpoint.NAME})"
         )
     folder = file.parent
+    with checkpoint.at_work(folder):
+        upgrade(folder)
     tree = checkpoint.load(file, arrays=False)
     if tree["ended"]:
         raise CheckpointError(f"{folder}: the run is finished, there is nothing to resume")

@@ -189,7 +189,7 @@ def results(tmp_path):
 
 
 def checkpoints(folder, settings=SETTINGS, data=DATA):
-    return Checkpoints(folder, settings, data)
+    return Checkpoints(folder, settings, data.content, data.clients)
 
 
 def test_files_are_cut_back_to_what_they_were(results):

@@ -46,7 +46,7 @@ FLOORS = [
     {"algorithms", "models", "training", "data", "checkpoint"},
     {"cloud", "records"},
     {"reporting", "runtime", "client", "client_app", "leaf", "leaf_strategy", "member"},
-    {"orchestrator", "device_run", "monitor"},
+    {"orchestrator", "device_run", "earlier", "monitor"},
     {"server_app", "compare"},
 ]
 

@@ -50,7 +50,7 @@ class TableWriter(Callback):
         """Add the round to every file."""
         truth = self._clusters.write(record.global_round, record.cloud, record.simulated_seconds)
         row = distributed_row(record) | {"ari_truth": math.nan if truth is None else truth}
-        append_rows(self._metrics / DISTRIBUTED, [row])
+        append_rows(self._metrics / DISTRIBUTED, [row | gate_row(record)])
         self._losses.append(record.central_test.loss)
         self._accuracies.append(record.central_test.accuracy)
         central = centralized_row(record, self._losses, self._accuracies)
@@ -163,11 +163,8 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
 
     The first columns are of the leaves' own models, before the cloud step, each on the
     pooled test windows of its clients; ``cloud_*`` of the models that the cloud handed back,
-    averaged over leaves, and ``client_*`` of those or the clients' own, over clients. Of the
-    cloud's models of the round before, the accuracy gates judged ``gate_judged``, and accepted
-    ``gate_accepted`` of these.
+    averaged over leaves, and ``client_*`` of those or the clients' own, over clients.
     """
-    judged = [leaf.gate for leaf in record.leaves if leaf.gate.judged]
     answered = [leaf for leaf in record.leaves if leaf.leaf_test.num_examples > 0]
     accuracy = mean_std_interval([leaf.leaf_test.accuracy for leaf in answered])
     loss = mean_std_interval([leaf.leaf_test.loss for leaf in answered])
@@ -191,6 +188,13 @@ def distributed_row(record: RoundRecord) -> dict[str, Any]:
         "lr": record.lr,
         "simulated_seconds": record.simulated_seconds,
         "num_lost": sum(c.lost for c in record.clients),
+    }
+
+
+def gate_row(record: RoundRecord) -> dict[str, int]:
+    """Return how many of the cloud's models of the round before the gates judged, and accepted."""
+    judged = [leaf.gate for leaf in record.leaves if leaf.gate.judged]
+    return {
         "gate_judged": len(judged),
         "gate_accepted": sum(gate.accepted for gate in judged),
     }
