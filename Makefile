@@ -42,7 +42,9 @@ run: $(READY)  ## run the main job on the embedded dataset
 run-hhar: $(READY)  ## the same on HHAR: make run-hhar DATA=folder or .zip (phones only if it has no watches)
 	$(BIN)/python -m fedge_sim.orchestrator --set app.config.dataset=hhar \
 		--set 'app.config.data-root="$(DATA)"' --set app.config.standardise=client \
-		$$(find "$(DATA)" -maxdepth 3 \( -name '*Watch_*.csv' -o -name '*.zip' \) 2>/dev/null | grep -q . || echo --set app.config.use-watches=false) $(ARGS)
+		$$(has() { find "$(DATA)" -maxdepth 3 -name "$$1" 2>/dev/null | grep -q .; }; \
+			has '*Watch_*.csv' || { has '*.zip' && ! has '*Phones_*.csv'; } || \
+			echo --set app.config.use-watches=false) $(ARGS)
 
 test: lint  ## lint, type-check and run all tests, side by side
 	$(SIDE_BY_SIDE) $(ARGS)

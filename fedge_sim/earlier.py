@@ -24,6 +24,7 @@ from fedge_sim.member import is_stateful
 from fedge_sim.reporting.tables import DISTRIBUTED, write_json
 
 FORMAT = 3
+GATE = "gate_judged"  # a column that tables of rounds did not have
 
 
 def upgrade(folder: Path) -> None:
@@ -63,7 +64,9 @@ def upgrade(folder: Path) -> None:
     if data.dataset.content != run.get("dataset_sha256"):
         raise CheckpointError(f"{folder}: the data are not those that the run began with")
     _cut_back(folder, tree.pop("csv_sizes"))
-    _add_gate_columns(folder / "metrics" / f"seed_{settings.seed}", len(tree["leaves"]))
+    has_gate = settings.hierarchy.cluster_better_delta > -1
+    metrics = folder / "metrics" / f"seed_{settings.seed}"
+    _add_gate_columns(metrics, len(tree["leaves"]) if has_gate else 0)
     for leaf in tree["leaves"]:
         leaf["started_from"] = {}  # of a leaf server that is not drawn: there was none
     run["settings"] = settings.model_dump(mode="json", by_alias=True)
@@ -105,7 +108,7 @@ def _what_means_something_else(settings: Settings) -> str:
 def _add_gate_columns(metrics: Path, leaves: int) -> None:
     """Add what the gates judged and accepted, which the leaf servers' tables say."""
     table = pl.read_csv(metrics / DISTRIBUTED, infer_schema=False)
-    if "gate_judged" in table.columns:  # a try before was stopped
+    if GATE in table.columns:  # by an upgrade that was stopped
         return
     columns = ["gate_accepted", "gate_acc_old", "gate_acc_new"]
     counts = np.zeros((table.height, 2), np.int64)
@@ -125,8 +128,11 @@ def _cut_back(folder: Path, sizes: dict[str, int]) -> None:
         file = folder / path
         if not file.is_file() or file.stat().st_size < size:
             raise CheckpointError(f"{file}: must have {size} bytes at least to go on")
-    for file in list(folder.rglob("*.csv")):
-        if (path := file.relative_to(folder).as_posix()) in sizes:
-            os.truncate(file, sizes[path])
-        else:
+    for file in list(folder.glob("metrics/*/*.csv")):
+        if file.relative_to(folder).as_posix() not in sizes:
             file.unlink()
+    for path, size in sizes.items():
+        with (folder / path).open(encoding="utf-8") as table:
+            if GATE in table.readline():  # cut back already, by an upgrade that was stopped
+                continue
+        os.truncate(folder / path, size)

@@ -5,6 +5,7 @@ and one that trains alone its whole model. It is kept in the ``Context.state`` t
 a ClientApp; on our grids that comes from a file (:mod:`fedge_sim.runtime.state`).
 """
 
+import math
 from collections.abc import Iterable, Set
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +100,7 @@ class Member:
 
         An update that is not finite, which the leaf server leaves out, leaves no trace.
         """
-        finite = _finite(update.arrays.values())
+        finite = _finite(update.arrays.values()) and math.isfinite(update.loss)
         if self._rule == "scaffold":
             zeros = {n: np.zeros_like(c) for n, c in self._correction.items()}
             before = self._kept or zeros

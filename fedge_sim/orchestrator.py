@@ -499,6 +499,8 @@ def resume(folder: Path, callbacks: Callable[[Settings], Sequence[Callback]]) ->
     if tree["ended"]:
         raise CheckpointError(f"{folder}: the run is finished, there is nothing to resume")
     settings = checkpoint.settings_to_go_on_with(folder, tree)
+    if settings.data.partition == "file" and (kept := folder / "partition.json").exists():
+        settings = settings.with_data(partition_file=str(kept.resolve()))
     return run(settings, callbacks(settings), folder)
 
 

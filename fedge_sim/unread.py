@@ -112,6 +112,11 @@ READ_WHERE = (
         *("hierarchy", "pfedme_lambda pfedme_steps pfedme_inner_lr pfedme_outer_lr"),
         *(_CLIENT_RULE, ("pfedme",)),
     ),
+    Read("hierarchy", "global_lr averaging", _CLIENT_RULE, ("sgd", "scaffold", "pfedme", "fedbn")),
+    Read(
+        *("hierarchy", "server_lr cluster_better_delta", _CLIENT_RULE),
+        ("sgd", "scaffold", "pfedme", "fedbn"),
+    ),
     Read("cloud_cluster", "*", "has_leaf_models", (True,)),
     Read("cloud_cluster", "*", "cloud_cluster.enable", (True,)),
     Read(
@@ -146,6 +151,7 @@ READ_WHERE = (
         "class_weight one_hot batch_norm adversarial adversarial_start max_samples",
         *("fedrevive.variant", ("generator",)),
     ),
+    Read("fedrevive", "adversarial_start", "fedrevive.adversarial", (ABOVE_0,)),
     Read("runtime", "num_cpus_per_actor ray_address", "runtime.backend", ("auto", "ray")),
 )
 # Of the table runtime, what Flower's own runtime does not heed.
@@ -233,7 +239,8 @@ def _is_asked_for(settings: "Settings", line: Read, path: str) -> bool:
     usual = _value(type(_value(settings, table))(), key)
     if value == usual and _is_set(settings, line.choice):  # a file of all keys, as shipped
         return False
-    return _is_set(settings, path) and (bool(value) or (line.data and value is False))
+    # What is off asks for nothing, unless it is on by default: data without watches.
+    return _is_set(settings, path) and (bool(value) or (usual is True and line.data))
 
 
 def _is_set(settings: "Settings", path: str) -> bool:

@@ -94,6 +94,17 @@ def test_it_goes_on_to_what_it_would_have_been(small, stopped):
         resume(folder)
 
 
+def test_an_upgrade_that_was_stopped_is_done_again(small, stopped, monkeypatch):
+    whole = orchestrator.run(small(*OWN), [TableWriter(), WeightWriter()]).folder
+    folder = stopped(*OWN)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            resume(folder)
+    resume(folder)
+    assert everything(folder) == everything(whole)
+
+
 def test_clients_keep_their_examples_though_users_are_dealt_out_otherwise(small, stopped):
     """The run's settings name a partition that deals otherwise than partition.json says."""
     folder = stopped(*OWN, "app.config.partition=iid")

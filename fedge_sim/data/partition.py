@@ -155,7 +155,8 @@ def dirichlet(dataset: Dataset, settings: Settings) -> list[Rows]:
     sizes = np.unique(dataset.y, return_counts=True)[1]
     rng = _rng(settings)
     tries = max(LEAST_TRIES, SHARES_A_SECOND // (len(sizes) * (num_clients + SHARES_BESIDE)))
-    tries = tries if len(dataset) >= MIN_EXAMPLES * num_clients else 1
+    enough = len(dataset) >= MIN_EXAMPLES * num_clients
+    tries = tries if enough else 1
     alpha, balanced = config.partition_alpha, config.partition_balanced
     best = np.zeros(num_clients, np.int64)
     for _ in range(tries):
@@ -169,8 +170,10 @@ def dirichlet(dataset: Dataset, settings: Settings) -> list[Rows]:
         "partition-alpha",
         alpha,
         f"{_too_few(int(best.argmin()), int(best.min()))} ({len(dataset)} for {num_clients} "
-        f"clients, the best of {tries:,} draws); use a larger partition-alpha, "
-        f"{'' if balanced else 'partition-balanced = true, '}fewer clients or more data",
+        f"clients, the best of {tries:,} draws); use "
+        + ("a larger partition-alpha, " if enough else "")
+        + ("partition-balanced = true, " if enough and not balanced else "")
+        + "fewer clients or more data",
     )
 
 
@@ -228,8 +231,11 @@ def shards(dataset: Dataset, settings: Settings) -> list[Rows]:
     num_shards = wanted * num_clients
     if num_shards > len(dataset):
         problem = f"{num_clients} clients have {num_shards} shards, and there are {len(dataset)} "
-        problem += f"examples; allowed: at most {len(dataset) // num_clients}, with fewer clients "
-        problem += "or more data more"
+        most = len(dataset) // num_clients
+        problem += f"examples; allowed: at most {most}, with fewer clients or more data more"
+        if most < MIN_EXAMPLES:
+            problem = f"{num_clients} clients cannot share {len(dataset)} examples; {ENOUGH}; use "
+            problem += "fewer clients or more data"
         raise ConfigError.at("app.config", "partition-shards", wanted, problem)
     owners = np.empty(num_shards, np.int64)
     drawn = stream(settings.seed, "partition/shards").permutation(num_shards)
