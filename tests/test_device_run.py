@@ -275,9 +275,9 @@ def test_bytes_down_are_those_of_all_models_that_were_sent(settings, monkeypatch
     """Also to jobs that no version is made of, because the run ends before they do."""
     begun, begin = [], Trainings.begin
 
-    def spy(self, jobs, start):
+    def spy(self, jobs, start, prox_mu):
         begun.extend((job, start.record.count_bytes()) for job in jobs)
-        begin(self, jobs, start)
+        begin(self, jobs, start, prox_mu)
 
     monkeypatch.setattr(Trainings, "begin", spy)
     told, _ = follow(settings(*RULES[rule], "devices.dropout=0.3"))
@@ -572,7 +572,7 @@ def test_jobs_of_a_server_that_is_done_are_forgotten(settings):
 
     class Look(Callback):
         def on_version(self, record):
-            assert not done & {job.server for job, _ in run._trainings._begun.values()}
+            assert not done & {own.job.server for own in run._trainings._begun.values()}
             if record.event.last:
                 done.add(record.event.server)
                 ends[record.event.server] = record.event.time
