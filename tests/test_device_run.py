@@ -92,9 +92,9 @@ def settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     np.savez("unlabelled.npz", x=np.random.default_rng(0).random((64, 1, 8, 8), np.float32))
 
-    def make(*assignments):
+    def make(*assignments, base=DEVICES):
         output = f"app.config.output-dir={tmp_path / 'results'}"
-        return load_settings(assignments=[output, *DEVICES, *assignments])
+        return load_settings(assignments=[output, *base, *assignments])
 
     return make
 
@@ -602,7 +602,8 @@ def test_a_client_that_cannot_be_evaluated_is_left_out(settings, caplog):
         return client_app.app(message, context)
 
     clients = ["devices.devices_per_leaf=0", "hierarchy.clients_per_server=[10,10]"]
-    made = settings(*RULES["fedbuff"], *clients, "runtime.max_retries=0")
+    base = [assignment for assignment in DEVICES if "subset_size" not in assignment]
+    made = settings(*RULES["fedbuff"], *clients, "runtime.max_retries=0", base=base)
     broken = {4}
     told, _ = follow(made, app=app)
     assert "client 4 left out of an evaluation: RuntimeError: broken" in caplog.text
