@@ -270,8 +270,7 @@ def _of_versions(settings: "Settings") -> Iterable[Case]:
     yield (
         rule != "fedavg" and d.min_hole_to_fill > d.device_selection_size,
         *("devices", "min_hole_to_fill"),
-        f"there are never so many free places: at most {d.device_selection_size} "
-        "(device_selection_size)",
+        f"is more than there are places: at most {d.device_selection_size} (device_selection_size)",
     )
     versions, each = d.max_model_version, selected if rule == "fedavg" else updates
     yield (

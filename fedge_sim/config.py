@@ -49,7 +49,7 @@ from fedge_sim.config_types import (
     absolute,
 )
 from fedge_sim.errors import ConfigError, as_toml
-from fedge_sim.unknown import other_rule, unknown_keys
+from fedge_sim.unknown import meant_by, other_rule, unknown_keys
 from fedge_sim.unread import refuse_unread_data
 
 PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
@@ -578,6 +578,10 @@ def _read_tables(file: Path) -> dict[str, Any]:
     tables = tool.get("flwr") if isinstance(tool, dict) else None
     if not isinstance(tables, dict):
         raise ConfigError(f"{file}: has no [tool.flwr.*] tables, such as [tool.flwr.hierarchy]")
+    above = {**document, **document["tool"]}
+    if lost := [name for name in Settings.model_fields if name in above]:
+        named = ", ".join(f"[{name}]" for name in lost)
+        raise ConfigError(f"{file}: {named} would not be read: write [tool.flwr.{lost[0]}]")
     return tables
 
 
@@ -587,8 +591,8 @@ def _assign(tables: dict[str, Any], assignment: str) -> str:
     table, _, key = path.strip().rpartition(".")
     if not equals or not all(path.strip().split(".")) or not table:
         raise ConfigError(
-            f"{assignment!r}: an override has the form table.key=value, "
-            "for example hierarchy.global_rounds=5"
+            f"{assignment!r}: an override has the form table.key=value, for example "
+            f"hierarchy.global_rounds=5{meant_by(Settings, path.strip())}"
         )
     if path.strip() == "app.config.overrides":
         raise ConfigError(

@@ -52,8 +52,9 @@ _OTHERS = {
     "app.config.partition": "partition_method partitioner data_split split_method "
     "partitioning heterogeneity",
     "app.config.partition-alpha": "alpha dirichlet_alpha concentration dir_alpha beta_dirichlet",
-    "app.config.partition-classes": "classes_per_client shards_per_client num_shards n_class "
-    "num_classes_per_client labels_per_client",
+    "app.config.partition-classes": "classes_per_client n_class num_classes_per_client "
+    "labels_per_client",
+    "app.config.partition-shards": "shards_per_client num_shards num_shards_per_client",
     "app.config.num-classes": "n_classes num_labels",
     "app.config.model": "model_name net network arch architecture",
     "app.config.seed": "random_seed manual_seed rng_seed",
@@ -93,6 +94,12 @@ def unknown_keys(settings: type[BaseModel], tables: Mapping[str, Any]) -> list[s
         As a file has them below ``tool.flwr``.
     """
     return list(_unknown(settings, settings, tables, ""))
+
+
+def meant_by(settings: type[BaseModel], key: str) -> str:
+    """Return the end of a line on a key without a table: what may be meant; empty if nothing is."""
+    meant = _meant(settings, {}, "", key)
+    return meant and f"; {meant}"
 
 
 def _unknown(

@@ -112,9 +112,8 @@ READ_WHERE = (
         *("hierarchy", "pfedme_lambda pfedme_steps pfedme_inner_lr pfedme_outer_lr"),
         *(_CLIENT_RULE, ("pfedme",)),
     ),
-    Read("hierarchy", "global_lr averaging", _CLIENT_RULE, ("sgd", "scaffold", "pfedme", "fedbn")),
     Read(
-        *("hierarchy", "server_lr cluster_better_delta", _CLIENT_RULE),
+        *("hierarchy", "server_lr global_lr averaging", _CLIENT_RULE),
         ("sgd", "scaffold", "pfedme", "fedbn"),
     ),
     Read("cloud_cluster", "*", "has_leaf_models", (True,)),

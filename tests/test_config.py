@@ -512,7 +512,7 @@ WRONG = {
     'app.config.overrides="cloud_cluster.tau=1"': "'app.config.overrides=\"cloud_cluster.tau=1\"': "
     "an override cannot hold overrides; give them one by one",
     "tau=1": "'tau=1': an override has the form table.key=value, "
-    "for example hierarchy.global_rounds=5",
+    "for example hierarchy.global_rounds=5; did you mean cloud_cluster.tau?",
     "hierarchy.prox_mu.x=1": "[hierarchy.prox_mu]: must be a table, but prox_mu = 0.001 is a value",
 }
 
@@ -671,3 +671,18 @@ def test_the_command_line_ends_with_2_and_one_line(tmp_path, args, message):
     assert done.stderr.count("\n") == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["hierarchy", "runtime", "tool.cloud_cluster", "app.config"])
+def test_a_table_beside_those_that_are_read_is_refused(tmp_path, name):
+    file = tmp_path / "job.toml"
+    file.write_text(f"[tool.flwr.hierarchy]\nglobal_rounds = 3\n\n[{name}]\nx = 1\n")
+    first = name.removeprefix("tool.").split(".")[0]
+    with pytest.raises(ConfigError, match=rf"\[{first}\] would not be read: write \[tool\.flwr\."):
+        load_settings(file)
+
+
+def test_an_override_without_a_table_says_which_may_be_meant():
+    for word, meant in (("lr", "hierarchy.lr_init"), ("num_shards", "app.config.partition-shards")):
+        with pytest.raises(ConfigError, match=f"table.key=value.* did you mean {meant}?"):
+            load_settings(assignments=[f"{word}=1"])

@@ -47,7 +47,7 @@ REFUSED = {
     (*DRAWN, "devices.device_selection_size=151"): "151 devices are selected and there are 150 in",
     (*LEAF, "devices.device_selection_size=51"): "there are 50 under a leaf server: select fewer",
     (*DRAWN, "devices.num_updates_for_model=11"): "would wait for 11 updates of 10 active devices",
-    (*DRAWN, "devices.min_hole_to_fill=11"): "there are never so many free places: at most 10",
+    (*DRAWN, "devices.min_hole_to_fill=11"): "is more than there are places: at most 10",
     (
         *(*DRAWN, "devices.device_reuse=false", "devices.num_updates_for_model=2"),
         "devices.max_model_version=76",

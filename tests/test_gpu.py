@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from fedge_sim.config import Runtime, load_settings
-from fedge_sim.runtime.gpu import PROFILES, batch_of, describe, resolve
+from fedge_sim.runtime.gpu import PROFILES, batch_of, describe, resolve, set_for_nothing
 
 # The table of profiles, row by row: conservative, high, aggressive.
 REFERENCE = {
@@ -97,3 +97,17 @@ def test_description():
     assert describe(unused, "conservative", 2).startswith(
         "gpu_profile conservative, GPUs left unused: CPU settings: gpu_fraction 0, "
     )
+
+
+def test_what_only_a_gpu_has_is_told_where_there_is_none():
+    def told(gpus, *assignments):
+        return set_for_nothing(load_settings(assignments=assignments).runtime, gpus)
+
+    own = ("runtime.streams=2", "runtime.memory_pool=true", "runtime.caching=false")
+    assert told(0) == []
+    assert told(0, *own) == ["runtime.memory_pool", "runtime.streams"]
+    assert told(1, *own) == []
+    assert told(1, *own, "runtime.num_gpus_per_actor=0") == [
+        "runtime.memory_pool",
+        "runtime.streams",
+    ]

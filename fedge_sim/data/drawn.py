@@ -43,7 +43,7 @@ def drawn_from(dataset: Dataset, settings: Settings) -> ClientData:
     wanted, there = settings.devices.subset_size, len(whole.train)
     if wanted > there:
         problem = (
-            f"a device cannot draw so many of {there} examples, which are those left of "
+            f"is more than the {there} examples that a device can draw from, those left of "
             f"{len(dataset)} without what is held out: at most {there}, or use more data"
         )
         raise ConfigError.at("devices", "subset_size", wanted, problem)

@@ -11,14 +11,14 @@ import torch
 from fedge_sim import client, client_app
 from fedge_sim.config import Runtime, Settings
 from fedge_sim.errors import ConfigError
-from fedge_sim.runtime import sizing
+from fedge_sim.runtime import gpu, sizing
 from fedge_sim.runtime.in_process import InProcessGrid, available_cores
 from fedge_sim.runtime.node import LocalGrid, OnDone
 
 log = logging.getLogger(__name__)
 
-# What Ray goes by when it is imported: 0, and all its processes listen on 127.0.0.1 alone, whatever
-# the system; else on all addresses, and whoever reaches one can run what he likes.
+# Ray reads this when it is imported. With 0 all its processes listen on 127.0.0.1 alone; without it
+# they listen on all addresses, and whoever reaches one can run programs here.
 RAY_IS_LOCAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
 CLIENT_APP = "fedge_sim.client_app:app"
 # Threads of one process share an interpreter: up to so many train as fast as actors do.
@@ -92,6 +92,8 @@ def open_grid(
             else:
                 log.warning("%s (runtime.compile, runtime.backend)", COMPILED_WAIT)
     log.info("backend %s: %s", backend, reason)
+    if unused := gpu.set_for_nothing(runtime, torch.cuda.device_count()):
+        log.warning("set, and without effect on CPUs: %s", ", ".join(unused))
     if backend == "ray":
         if not runtime.ray_address:
             os.environ.setdefault(*RAY_IS_LOCAL)

@@ -118,6 +118,17 @@ def resolve(runtime: Runtime, gpus: int) -> Profile:
     return replace(profile, **{key: v for key, v in chosen.items() if v != "profile"})
 
 
+def set_for_nothing(runtime: Runtime, gpus: int) -> list[str]:
+    """Return the settings that are set and that only a GPU has, where actors train on CPUs."""
+    if gpus and runtime.num_gpus_per_actor != 0:
+        return []
+    return [
+        f"runtime.{key}"
+        for key in _SINGLE_ON_GPU
+        if key in runtime.model_fields_set and getattr(runtime, key) not in ("profile", False)
+    ]
+
+
 def batch_of(settings: Settings) -> tuple[int, int]:
     """Return batch size, and batches a step: the settings', or the profile's if they say so."""
     h, profile = settings.hierarchy, PROFILES[settings.runtime.gpu_profile]
