@@ -53,9 +53,10 @@ def first_model(settings):
     return records.to_record(model_arrays(network))
 
 
-def job(settings, number, device, model, flat_round=1):
+def job(settings, number, device, model, flat_round=1, classes=0):
     """Return a message to train a device in a job."""
     told = {records.JOB: number, records.ROUND: flat_round, records.LR: 0.05, records.PROX_MU: 0.0}
+    told[records.CLASS_COUNTS] = classes
     return instruction(settings, MessageType.TRAIN, device, model, told)
 
 
@@ -224,7 +225,7 @@ def test_a_job_is_its_own_random_stream_whatever_the_round(small):
     model, data = first_model(settings), federated_data(settings)
     with InProcessGrid(client_app, 1) as grid:
         asked = [(3, 8, 1), (3, 8, 1), (3, 8, 2), (4, 8, 1), (3, 9, 1)]
-        replies = grid.send_and_receive([job(settings, *j[:2], model, j[2]) for j in asked])
+        replies = grid.send_and_receive([job(settings, *j[:2], model, j[2], 10) for j in asked])
     same = [records.arrays_of(r) == records.arrays_of(replies[0]) for r in replies]
     assert same == [True, True, True, False, False]
     counts = records.metrics_of(replies[0])[records.CLASS_COUNTS]
