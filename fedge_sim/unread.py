@@ -73,6 +73,8 @@ _DATASET, _PARTITION = "app.config.dataset", "app.config.partition"
 _CLIENT_RULE = "hierarchy.client_rule"
 _PROX_SCHEDULE = "prox_mu_min prox_mu_decay acc_stable_threshold"
 
+_DATASETS = ("hhar-synthetic", "hhar", "uci-har", "cifar10", "digits", "arrays")
+
 READ_WHERE = (
     Read("app.config", "data-root", _DATASET, ("hhar", "uci-har", "cifar10", "arrays"), True),
     Read("app.config", "use-watches", _DATASET, ("hhar",), True),
@@ -203,6 +205,8 @@ def refuse_unread_data(settings: "Settings") -> None:
         named = _is_set(settings, line.choice)
         if not line.data or (line.choice == _RULE and named):
             continue
+        if line.choice == _DATASET and settings.data.dataset not in _DATASETS:
+            continue  # what is unknown is refused as that, where it is opened
         table, _, key = path.rpartition(".")
         choice, now = line.choice.rpartition(".")[2], as_toml(_value(settings, line.choice))
         value, how = _value(settings, path), "" if named else " by default"

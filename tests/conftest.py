@@ -39,6 +39,8 @@ hypothesis_settings.load_profile("project")
 SLOW = (
     *("flower", "deployment", "methods", "device_run", "ray_failures", "ray_command", "science"),
     *("ray", "ray_cluster", "ray_gpu", "state", "compiled", "paths", "hhar", "jobs", "compare"),
+    *("golden", "damage", "scaffold", "hierarchy", "comparison", "pfedme", "results", "store"),
+    *("bench", "replies", "rounds", "hhar_scripts", "readme", "earlier"),
 )
 
 ROOT = Path(__file__).resolve().parents[1]

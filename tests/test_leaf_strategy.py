@@ -8,6 +8,7 @@ import pytest
 from flwr.serverapp import strategy
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedge_sim import memory
 from fedge_sim.algorithms.aggregation import weighted_mean
 from fedge_sim.config import Hierarchy
 from fedge_sim.errors import ConfigError, RoundError
@@ -17,6 +18,13 @@ TRAINABLE = {"w", "b"}
 CLIENTS = range(7)
 WEIGHTS = {client: 10.0 * (client + 1) for client in CLIENTS}
 LOSSES = {client: 0.5 + 0.1 * client for client in CLIENTS}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _frozen():
+    """As in a run: some strategies of Flower's collect garbage in every round."""
+    with memory.frozen():
+        yield
 
 
 def rule(name, clients=7, **options):

@@ -11,6 +11,7 @@ import tomli
 from rich.console import Console
 
 from fedge_sim import config, orchestrator, server_app
+from fedge_sim import unread as unread_module
 from fedge_sim.compare import parse_variants, plan_run, tell_without_effect
 from fedge_sim.config import AppConfig, load_settings
 from fedge_sim.config_types import Table
@@ -395,3 +396,7 @@ def test_a_file_that_is_read_may_be_named(tmp_path):
         'partition = "dirichlet"\npartition-alpha = 0.1\n'
     )
     assert load_settings(file).data.data_root == str(Path("x").absolute())
+
+
+def test_the_datasets_that_are_known_here_are_all():
+    assert sorted(unread_module._DATASETS) == sorted(DATASETS)
