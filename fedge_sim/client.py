@@ -64,12 +64,12 @@ def train_settings(settings: Settings, lr: float, prox_mu: float) -> TrainSettin
 
 
 def steps_of_a_job(settings: Settings, examples: int) -> int:
-    """Return how many steps a client with so many examples does each time it trains."""
+    """Return the steps that a client with this number of examples does each time it trains."""
     return num_steps(examples, _usual(settings))
 
 
 def work_of_a_job(settings: Settings, examples: int) -> int:
-    """Return how many examples a client with so many goes through each time it trains."""
+    """Return the examples that a client with this number goes through in a training."""
     return num_examples_seen(examples, _usual(settings))
 
 
@@ -255,7 +255,7 @@ def _steps(settings: Settings, data: FederatedData) -> int:
 
 
 def _trial(settings: Settings, data: FederatedData, size: int, steps: int) -> list[ClientTask]:
-    """Return so many tasks, of so many full steps each, on the data of the largest clients.
+    """Return ``size`` tasks of ``steps`` full steps each, on the data of the largest clients.
 
     Devices of a run of versions, which may be very many, are taken as they come.
     """
@@ -277,7 +277,7 @@ def _trial(settings: Settings, data: FederatedData, size: int, steps: int) -> li
 
 
 def probe(settings: Settings, cohort_size: int = 1) -> None:
-    """Train and evaluate so many clients on a few batches, to see what it takes.
+    """Train and evaluate ``cohort_size`` clients on a few batches, to see what it takes.
 
     Parameters
     ----------

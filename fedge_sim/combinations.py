@@ -108,7 +108,7 @@ def _of_methods(settings: "Settings") -> Iterable[Case]:
         (
             clusters and cluster.method == "cfl" and compared < 2 * cluster.min_cluster_size,
             *("cloud_cluster", "min_cluster_size"),
-            f"CFL can never split {compared} leaf servers into two clusters of so many; use "
+            f"CFL can never split {compared} leaf servers into two clusters of this size; use "
             "more leaf servers (one for each client is CFL of clients), or smaller clusters",
         ),
         (

@@ -200,11 +200,11 @@ class Hierarchy(Table):
         return sum(self.clients_per_server)
 
     def participants(self, clients: int) -> int:
-        """How many of so many clients train in a round: their share rounded, one at least."""
+        """Return how many of a server's clients train in a round, at least one."""
         return max(1, self.rounded_share(clients))
 
     def rounded_share(self, clients: int) -> int:
-        """Return ``participation`` times so many clients, a half rounded up."""
+        """Return ``participation`` times a number of clients, a half rounded up."""
         share = Decimal(str(self.participation)) * clients  # 0.29 of 50 is 14.5, not less
         return int(share.to_integral_value(ROUND_HALF_UP))
 

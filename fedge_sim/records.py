@@ -30,7 +30,7 @@ from fedge_sim.training.local import Evaluation
 TRAIN, LEAF, CLOUD, GLOBAL, PERSONAL = "train", "leaf", "cloud", "global", "personal"
 # Of a device's job; it takes the place of the round in the name of the job's random stream.
 JOB = "job"
-# Evaluate on what no device draws, cut into so many shards; the client is the shard's number.
+# Number of shards that the held-out examples are cut into; a message's client is its shard.
 HELD_OUT, SHARDS = "held-out", "shards"
 CLASS_COUNTS = "class-counts"  # of a client's training examples, which FedRevive asks for
 # Names of the records in a message: SCAFFOLD's variate, or its change, goes beside the model.

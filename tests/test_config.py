@@ -445,7 +445,7 @@ WRONG = {
     "hierarchy.client_rule=local": '[hierarchy] client_rule = "local": has no leaf models that the '
     "cloud could group: set cloud_cluster.enable = false",
     "cloud_cluster.method=cfl": "[cloud_cluster] min_cluster_size = 2: CFL can never split 3 leaf "
-    "servers into two clusters of so many; use more leaf servers (one for each client is CFL of "
+    "servers into two clusters of this size; use more leaf servers (one for each client is CFL of "
     "clients), or smaller clusters",
     "hierarchy.num_servers=2": "[hierarchy] clients_per_server = [3, 3, 3]: must have one entry for "
     "each of the 2 leaf servers (num_servers), has 3",

@@ -103,7 +103,7 @@ def clusters(similarity_matrix: FloatArray, tau: float) -> NDArray[np.int64]:
 
 
 def agglomerative(similarity_matrix: FloatArray, num_clusters: int) -> NDArray[np.int64]:
-    """Join the most alike clusters, by mean distance 1 - similarity, until so many are left.
+    """Join the most alike clusters, by mean distance 1 - similarity, down to a number of them.
 
     Returns
     -------

@@ -23,7 +23,7 @@ SMALLEST_P = 0.001
 
 
 class Column(NamedTuple):
-    """A figure as it is shown: times ``scale``, with so many decimals; which is the best."""
+    """How a figure is shown: its factor ``scale``, its decimals, and which value is the best."""
 
     figure: str
     header: str

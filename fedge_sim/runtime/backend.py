@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 # they listen on all addresses, and whoever reaches one can run programs here.
 RAY_IS_LOCAL = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0"
 CLIENT_APP = "fedge_sim.client_app:app"
-# Threads of one process share an interpreter: up to so many train as fast as actors do.
+# Most threads of one process that train as fast as actors do: they share an interpreter.
 THREADS_THAT_SCALE = 2
 COMPILED_WAIT = "compiled steps keep the interpreter: threads would wait for each other"
 

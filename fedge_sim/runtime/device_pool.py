@@ -316,7 +316,7 @@ class DevicePool:
 
 
 def seconds_of(size: int, bandwidth: float) -> float:
-    """Return how long ``size`` bytes take at so many bytes a second; 0 without a limit."""
+    """Return the seconds that ``size`` bytes take over a link; 0 without a limit."""
     return size / bandwidth if bandwidth else 0.0
 
 

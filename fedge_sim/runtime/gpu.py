@@ -92,7 +92,7 @@ _SINGLE_ON_GPU = ("caching", "memory_pool", "streams", "pipelining")
 
 
 def resolve(runtime: Runtime, gpus: int) -> Profile:
-    """Return the profile of the settings, as it holds on a machine with so many GPUs.
+    """Return the profile of the settings, as it holds on a machine with ``gpus`` GPUs.
 
     Without one, or with ``num_gpus_per_actor = 0``, what only a GPU has is off, and networks are
     kept: it is a GPU's memory that they are not to take. Batch size and accumulation stay the

@@ -137,7 +137,7 @@ class InProcessGrid(LocalGrid):
         return [self._pending.pop(message_id).result()[message_id] for message_id in ready]
 
     def wait(self, timeout: float) -> None:
-        """Return when a reply is there to pull, at once if one is, or after so many seconds."""
+        """Return when a reply is there to pull, at the latest after ``seconds``."""
         left = self._progress_at + self._runtime.progress_timeout_s - time.monotonic()
         pending = set(self._pending.values())
         wait_for(pending, max(0.0, min(timeout, left)), return_when=FIRST_COMPLETED)

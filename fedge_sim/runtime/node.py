@@ -430,7 +430,7 @@ class LocalGrid(Grid):
 
     @abstractmethod
     def wait(self, timeout: float) -> None:
-        """Return when a reply may be there to pull, at once if one is, or after so many seconds.
+        """Return when a reply may be there to pull, at the latest after ``seconds``.
 
         Raises
         ------

@@ -187,7 +187,7 @@ class RayGrid(LocalGrid):
         return [self._replies.pop(message_id) for message_id in ready]
 
     def wait(self, timeout: float) -> None:
-        """Return when a reply may be there to pull, at once if one is, or after so many seconds."""
+        """Return when a reply may be there to pull, at the latest after ``seconds``."""
         deadline = time.monotonic() + timeout
         self._turn(0.0)
         while not self._replies and self._open and (left := deadline - time.monotonic()) > 0:

@@ -104,7 +104,7 @@ def simulate_round(
     wanted : int, optional
         Later updates are too late; all are waited for if not given.
     timeout : float
-        Ends the round after so many simulated seconds; 0: never.
+        Simulated seconds after which the round ends; 0: it waits for all.
     """
     plans = [pool.plan(n, client, started) for n, client in enumerate(clients, number)]
     takes = _length(pool, clients, plans, started, wanted)

@@ -97,7 +97,7 @@ class Schedule(Generic[T]):
             Actors that share what waits: no hand is more than half of one's fair share, but
             for what is short anyway, and what is done at a time.
         cohort, streams : int
-            An actor does so many jobs together, and so many cohorts side by side: those are in
+            Jobs that an actor does together, and cohorts that it does side by side: those are in
             a hand, however long, up to a fair share.
         sharing : int, optional
             Actors that this share is for; ``workers`` if not given.

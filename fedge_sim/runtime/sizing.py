@@ -57,7 +57,7 @@ class Need:
         return self.base + clients * self.per_client
 
     def clients_in(self, memory: int) -> int:
-        """Return how many clients at a time fit in so many bytes, 0 or less if none does."""
+        """Return how many clients at a time fit into a number of bytes, 0 or less if none does."""
         return (memory - self.base) // max(self.per_client, 1)
 
 

@@ -362,7 +362,7 @@ class _Timeline:
         self._clock.at((number + 1) * interval, partial(self._tick, number + 1))
 
     def _ask_if_due(self) -> Iterator[Event]:
-        """Ask after so many versions, and once more when all leaf servers are done."""
+        """Ask after ``cloud_versions`` versions, and once more when all leaf servers are done."""
         if not self._pool.at_leaves or self._answer_due or not self._new_versions:
             return
         enough = self._settings.asynchronous.cloud_versions

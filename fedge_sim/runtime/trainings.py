@@ -124,7 +124,7 @@ class Trainings:
         Updates that may be there or under way before they are needed, at most; 0 is strictly
         sequential. None: a few times ``at_a_time``.
     classes : int
-        If not 0, a client also says how many of its examples are of each of so many classes.
+        The number of classes, of each of which a client counts its examples; 0: it does not count.
     in_waves : bool
         Whether to begin trainings only when none is under way. Cohorts need it: then who trains
         together, and with it the last bits, do not depend on how fast others were.
@@ -207,7 +207,7 @@ class Trainings:
             self._push(self._ahead - len(self._under_way) - len(self._done))
 
     def _push(self, most: int, needed: int | None = None) -> None:
-        """Begin so many trainings, those that arrive first, and in any case the needed one."""
+        """Begin at most ``most`` trainings: the needed one, and those that arrive first."""
         numbers: list[int] = []
         if needed is not None:
             numbers.append(needed)

@@ -155,7 +155,7 @@ def steps_of_an_epoch(examples: int, settings: TrainSettings) -> Sequence[Sequen
 
 
 def num_steps(examples: int, settings: TrainSettings) -> int:
-    """Return how many steps a client with so many examples does: :attr:`ClientUpdate.steps`."""
+    """Return how many steps a client's training does: :attr:`ClientUpdate.steps`."""
     an_epoch = len(steps_of_an_epoch(examples, settings))
     batches = settings.local_steps or settings.local_epochs * an_epoch
     return settings.inner_steps * batches if an_epoch else 0

@@ -198,7 +198,7 @@ def _cohorts(
 def _seconds_a_step(
     path: TrainingPath, tasks: Callable[[int, int], Sequence[ClientTask]], size: int
 ) -> float:
-    """Return the seconds of one client's step, when so many train together."""
+    """Return the seconds of one client's step in a cohort of a size."""
 
     def seconds(steps: int) -> float:
         started = time.perf_counter()

@@ -70,7 +70,7 @@ def _mean(hits: NDArray[np.bool_]) -> float:
 def _batches(
     parts: Sequence[Part], size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield batches of so many examples; the last may be short, and clients may share one."""
+    """Yield batches of a size; the last one may be short, and clients may share one."""
     held: list[tuple[Tensor, Tensor]] = []
     room = size
     for examples, rows in parts:

@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 EXACT = (torch.float32, torch.float64)  # types that sums may be taken in
 
-# A value that is read from up to so many tensors (PyTorch: four) is computed again where it is
+# A value that is read from at most 8 tensors (PyTorch: four) is computed again where it is
 # used, which is faster than fetching it from beyond the cache.
 OPTIONS = {"realize_reads_threshold": 8}
 
