@@ -190,8 +190,9 @@ def assert_same(
             largest = np.abs(expected).max(initial=0)
             assert np.abs(got - expected).max(initial=0) <= tolerance * largest, key
         assert one.steps == other.steps
-        # The reference sums in float32; many layers add to what the arrays differ by.
-        assert one.loss == pytest.approx(other.loss, rel=max(10 * tolerance, 1e-7))
+        # The reference sums losses in float32, whose last digit is 1.2e-7 of a value, and many
+        # layers add to what the arrays differ by.
+        assert one.loss == pytest.approx(other.loss, rel=max(10 * tolerance, 1e-6))
         assert one.seconds >= 0
 
 
